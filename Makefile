@@ -1,0 +1,86 @@
+# The project's commands. `make` alone lists them; each sets up what it needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+BIN := .venv/bin
+PY_SOURCES := functions shared sandbox local tests
+export SAM_CLI_TELEMETRY := 0
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: help setup demo test lint format types template-checks unit contract e2e lock clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+# --- set-up: four environments, since ministack and the SAM CLI pin what others need newer -------------------
+
+setup: .venv/.done .venv-aws/.done .venv-sam/.done .venv-sandbox/.done  ## make every virtual environment
+
+.venv/.done: requirements-dev.txt
+	$(call make_venv)
+.venv-aws/.done: requirements-aws.txt
+	$(call make_venv)
+.venv-sam/.done: requirements-sam.txt
+	$(call make_venv)
+.venv-sandbox/.done: sandbox/requirements.txt
+	$(call make_venv)
+
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; '$(PYTHON)' is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "setting up $(@D) from $< (once; about half a minute)"
+	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement $<
+	@touch $@
+endef
+
+# --- the main job --------------------------------------------------------------------------------------------
+
+demo: setup  ## serve sessions end to end on a local AWS, with the real template (ARGS="--help" for options)
+	@$(BIN)/python -m local.demo $(ARGS)
+
+# --- checks --------------------------------------------------------------------------------------------------
+
+test: lint types template-checks unit contract e2e  ## every check and test; the demo is the end-to-end test
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/hadolint sandbox/Dockerfile
+
+format: setup  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: setup
+	$(BIN)/mypy shared local sandbox tests
+	@for function in functions/*/; do $(BIN)/mypy $$function/app.py || exit 1; done
+
+template-checks: setup
+	.venv-sam/bin/sam validate --lint --region us-east-1 --template template.yaml
+	$(BIN)/cfn-lint template.yaml
+
+unit: setup  ## the tests that need no server
+	$(BIN)/python -m pytest tests/unit -q
+
+contract: setup  ## our parts against the official SDK, the emulator and the local AWS
+	$(BIN)/python -m pytest tests/contract -q
+
+e2e: setup  ## the demo, checked from outside
+	$(BIN)/python -m pytest tests/e2e -q
+
+# --- upkeep --------------------------------------------------------------------------------------------------
+
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+lock: .venv/.done  ## pin and hash every requirements file from pyproject.toml
+	$(LOCK) pyproject.toml --output-file shared/requirements.txt
+	$(LOCK) pyproject.toml --group dev --output-file requirements-dev.txt
+	$(LOCK) --group aws --output-file requirements-aws.txt
+	$(LOCK) --group sam --output-file requirements-sam.txt
+	$(LOCK) --group sandbox --output-file sandbox/requirements.txt
+
+clean:  ## remove what the commands made
+	rm -rf .venv .venv-aws .venv-sam .venv-sandbox .aws-sam .cache .pytest_cache .mypy_cache .ruff_cache

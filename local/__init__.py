@@ -1,0 +1,1 @@
+"""The embedded stack: Work API emulator, local AWS and demo; nothing that the deployed functions import."""

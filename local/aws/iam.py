@@ -1,0 +1,173 @@
+"""What each ECS and CloudWatch call is authorized against lives here; policy evaluation is ministack's.
+
+Source: AWS Service Authorization Reference, "Actions, resources, and condition keys" for Amazon ECS and
+Amazon CloudWatch. ministack checks every ECS action against the cluster's ARN and supplies no `ecs:*` or
+`cloudwatch:namespace` keys. A policy that does not pass here would not pass on AWS.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qs
+
+from ministack import app
+from ministack.core import iam_actions, iam_evaluator, router
+from ministack.core.responses import get_account_id, get_region, new_uuid
+from ministack.services import ecs, tagging
+
+Response = tuple[int, dict[str, str], bytes]
+Check = tuple[str, str, dict[str, Any]]  # action, resource, condition keys
+
+# Actions for which the reference lists no resource type: a policy must say "*".
+_NO_RESOURCE = {"CreateCluster", "DeregisterTaskDefinition", "DescribeTaskDefinition", "ListClusters"}
+_NO_RESOURCE |= {"ListTaskDefinitions", "ListTaskDefinitionFamilies", "ListServices"}
+_ON_TASKS = {"StopTask", "DescribeTasks", "ExecuteCommand", "GetTaskProtection", "UpdateTaskProtection"}
+_IN_A_CLUSTER = _ON_TASKS | {"RunTask", "StartTask", "ListTasks"}
+
+
+def install() -> None:
+    """Correct what is checked, add the condition keys, and make the checks beyond the first."""
+    resource_of, keys_of, handle = (
+        iam_actions.extract_resource_arn,
+        iam_actions.request_tag_context,
+        app.SERVICE_HANDLERS["ecs"],
+    )
+
+    def extract_resource_arn(
+        service: str,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        body: bytes,
+        params: dict[str, Any],
+        region: str,
+        account_id: str,
+    ) -> str:
+        action = _ecs_action(headers) if service == "ecs" else None
+        resources = ecs_resources(action, _json(body), region, account_id) if action else None
+        return (
+            resources[0]
+            if resources
+            else str(resource_of(service, method, path, headers, body, params, region, account_id))
+        )
+
+    def request_tag_context(
+        service: str, iam_action: str, body: bytes, params: dict[str, Any]
+    ) -> dict[str, Any]:
+        keys: dict[str, Any] = dict(keys_of(service, iam_action, body, params))
+        if service == "ecs":
+            keys |= _cluster_key(iam_action.split(":", 1)[-1], _json(body), get_region(), get_account_id())
+        elif iam_action == "cloudwatch:PutMetricData" and (namespace := _metric_namespace(body, params)):
+            keys["cloudwatch:namespace"] = namespace
+        return keys
+
+    async def handle_ecs(
+        method: str, path: str, headers: dict[str, str], body: bytes, query: dict[str, Any]
+    ) -> Response:
+        denied = _further_denial(headers, body, query) if app.AUTH else None
+        return denied or await handle(method, path, headers, body, query)
+
+    iam_actions.extract_resource_arn = extract_resource_arn
+    iam_actions.request_tag_context = request_tag_context
+    app.SERVICE_HANDLERS["ecs"] = handle_ecs
+    tagging._RESOURCE_TAG_COLLECTORS["ecs"] = tagging._collect_ecs  # aws:ResourceTag of tasks and definitions
+
+
+def ecs_resources(action: str, data: dict[str, Any], region: str, account_id: str) -> list[str] | None:
+    """The ARNs an action is checked against, all of which must be allowed; None where ministack is right."""
+    prefix = f"arn:aws:ecs:{region}:{account_id}:"
+    cluster = _name(data.get("cluster") or "default")
+    if action in _NO_RESOURCE:
+        return ["*"]
+    if action in ("RunTask", "StartTask"):
+        reference = str(data.get("taskDefinition", ""))  # as given: without its revision if it is given so
+        return [reference if reference.startswith("arn:") else f"{prefix}task-definition/{reference}"]
+    if action == "RegisterTaskDefinition":
+        return [f"{prefix}task-definition/{data.get('family', '')}:*"]
+    if action in _ON_TASKS:
+        references = data.get("tasks") or [data.get("task", "")]
+        return [ref if ref.startswith("arn:") else f"{prefix}task/{cluster}/{ref}" for ref in references]
+    if action == "ListTasks":
+        instance = _name(data.get("containerInstance") or "*")
+        return [f"{prefix}container-instance/{cluster}/{instance}"]
+    if action in ("TagResource", "UntagResource", "ListTagsForResource"):
+        return [str(data.get("resourceArn", "*"))]
+    return None
+
+
+def _further_denial(headers: dict[str, str], body: bytes, query: dict[str, Any]) -> Response | None:
+    """AWS's reply if a check beyond the first (ministack's, which authenticates) does not pass."""
+    action, data = _ecs_action(headers), _json(body)
+    key = router.extract_access_key_id(headers, query)
+    for checked, resource, keys in _further_checks(action, data, get_region(), get_account_id()):
+        denied = iam_evaluator.enforce(
+            key, checked, checked.split(":", 1)[0], get_region(), resource_arn=resource, service_context=keys
+        )
+        if denied is None:
+            continue
+        who, explicit = denied.principal_arn, denied.decision == "Deny"
+        message = iam_actions.identity_denial_message(checked, who, resource, explicit)
+        answer: Response = iam_actions.access_denied_response(
+            "ecs", checked, who, new_uuid(), message=message, headers=headers
+        )
+        return answer
+    return None
+
+
+def _further_checks(action: str, data: dict[str, Any], region: str, account_id: str) -> Iterator[Check]:
+    cluster = _cluster_key(action, data, region, account_id)
+    for resource in (ecs_resources(action, data, region, account_id) or [])[1:]:
+        yield f"ecs:{action}", resource, cluster
+    if action != "RunTask":
+        return
+    if data.get("tags"):
+        # "Grant permission to tag resources on creation", Amazon ECS Developer Guide
+        name = _name(data.get("cluster") or "default")
+        keys = {f"aws:requesttag/{tag.get('key')}".lower(): tag.get("value", "") for tag in data["tags"]}
+        keys |= {"aws:tagkeys": [tag.get("key") for tag in data["tags"]], "ecs:createaction": "RunTask"}
+        yield "ecs:TagResource", f"arn:aws:ecs:{region}:{account_id}:task/{name}/*", cluster | keys
+    definition = ecs._task_defs.get(ecs._resolve_td_key(data.get("taskDefinition", ""))) or {}
+    overrides = data.get("overrides") or {}
+    for member in ("taskRoleArn", "executionRoleArn"):
+        if role := overrides.get(member) or definition.get(member):
+            # "Grant a user permissions to pass a role to an AWS service", IAM User Guide
+            yield "iam:PassRole", role, {"iam:passedtoservice": "ecs-tasks.amazonaws.com"}
+
+
+def _cluster_key(action: str, data: dict[str, Any], region: str, account_id: str) -> dict[str, Any]:
+    if action not in _IN_A_CLUSTER:
+        return {}
+    return {
+        "ecs:cluster": f"arn:aws:ecs:{region}:{account_id}:cluster/{_name(data.get('cluster') or 'default')}"
+    }
+
+
+def _metric_namespace(body: bytes, params: dict[str, Any]) -> str | None:
+    """PutMetricData's namespace from the Query, JSON or CBOR form of the request."""
+    found = params.get("Namespace") or parse_qs(body.decode("latin-1")).get("Namespace")
+    if found:
+        return str(found[0] if isinstance(found, list) else found)
+    if body[:1] == b"{":
+        return _json(body).get("Namespace")
+    try:
+        import cbor2  # noqa: PLC0415 - only this form of this one call needs it
+    except ImportError:  # then ministack cannot read the call either
+        return None
+    data = cbor2.loads(body)
+    return data.get("Namespace") if isinstance(data, dict) else None
+
+
+def _ecs_action(headers: dict[str, str]) -> str:
+    return headers.get("x-amz-target", "").rsplit(".", 1)[-1]
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        data = json.loads(body or b"{}")
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _name(reference: str) -> str:
+    return str(reference).rsplit("/", 1)[-1]

@@ -1,0 +1,68 @@
+"""Small corrections of ministack live here, one function each; ECS is in ecs.py, IAM in iam.py.
+
+Each docstring says what AWS does and what ministack 1.5.33 does.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ministack.services import eventbridge, lambda_svc, scheduler
+from ministack.services.cloudformation import provisioners
+
+_TICK_SECONDS = 0.2
+_TRACEBACK = "Traceback (most recent call last):"
+_EXCEPTION_LINE = re.compile(r"([A-Za-z_][\w.]*)(?::|$)")
+
+
+def exception_names() -> None:
+    """AWS puts the class name of the exception into `errorType`; ministack says Runtime.HandlerError for all.
+
+    Step Functions' Retry and Catch match on that name.
+    """
+    invoke: Callable[[dict[str, Any], Any, str], dict[str, Any]] = lambda_svc._execute_function_warm
+
+    def named(function: dict[str, Any], event: Any, request_id: str) -> dict[str, Any]:
+        result = invoke(function, event, request_id)
+        body, log = result.get("body"), result.get("log") or ""
+        if not (result.get("error") and isinstance(body, dict) and _TRACEBACK in log):
+            return result
+        if body.get("errorType") == "Runtime.HandlerError":
+            lines = log.rsplit(_TRACEBACK, 1)[1].splitlines()
+            names = (match[1] for line in lines if (match := _EXCEPTION_LINE.match(line)))
+            body["errorType"] = next(names, "Runtime.HandlerError").rsplit(".", 1)[-1]
+            body["stackTrace"] = [line for line in lines if line.startswith("  ")]
+        return result
+
+    lambda_svc._execute_function_warm = named
+
+
+def schedules(time_scale: float) -> None:
+    """AWS fires a `rate()` schedule within its minute; ministack looks every 10 s.
+
+    Here it looks every 0.2 s, and the rates of EventBridge rules and Scheduler are multiplied by `time_scale`
+    (`cron()` and `at()` are not).
+    """
+    eventbridge._SCHEDULER_TICK_INTERVAL = scheduler._SCHEDULE_TICK_INTERVAL = _TICK_SECONDS
+    seconds: Callable[[str], int | None] = eventbridge._parse_rate_seconds
+
+    def scaled(expression: str) -> float | None:
+        interval = seconds(expression)
+        return None if interval is None else interval * time_scale
+
+    eventbridge._parse_rate_seconds = scaled
+
+
+def callable_function_urls(endpoint: str) -> None:
+    """`Fn::GetAtt Url.FunctionUrl` is an address that answers; ministack gives AWS's, which does not here.
+
+    The attribute becomes `<endpoint>/_aws/lambda-url/<id>/`, under which ministack serves the function.
+    GetFunctionUrlConfig still tells the AWS-shaped address.
+    """
+    attributes: Callable[[dict[str, str]], dict[str, str]] = provisioners._lambda_url_attributes
+
+    def local(config: dict[str, str]) -> dict[str, str]:
+        url_id = lambda_svc._function_url_id(config["FunctionUrl"])
+        return attributes(config) | {"FunctionUrl": f"{endpoint}/_aws/lambda-url/{url_id}/"}
+
+    provisioners._lambda_url_attributes = local

@@ -1,0 +1,432 @@
+"""One turn of one session, from ticket to exit code: the process of a sandbox. The HTTP answers that keep the
+lease with the control plane are in lease_guard.py, the talk with the control plane in control_plane.py,
+the log's form in json_log.py.
+
+The official SDK's worker does the session (events, tools, skills, memory stores); this module gives it its
+credential, ends it in time, and closes the turn (DESIGN §7, §8).
+Its exit code says how the turn went (`ExitCode`); whether a stop was wanted only the control plane's record
+knows.
+"""
+
+import asyncio
+import enum
+import logging
+import math
+import os
+import secrets
+import signal
+import sys
+import uuid
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+
+import anyio
+import httpx2
+import psutil
+from anthropic import APIError, APIStatusError, AsyncAnthropic, DefaultAsyncHttpxClient
+from control_plane import Attempt, ControlPlane, ControlPlaneUnanswered, Grant, TicketRefused
+from json_log import JsonLines, configure_logging, describe, say
+from lease_guard import LeaseGuard
+
+POST_STOP_SECONDS = 5.0
+READ_HISTORY_SECONDS = 20.0
+# A tool may be about to finish by itself when a stop comes; then it is asked to end, then made to.
+TOOL_GRACE_SECONDS = 2.0
+TOOL_KILL_SECONDS = 3.0
+# Share of the stop timeout after which the process ends itself, its result and memory flushed or not.
+STOP_DEADLINE_SHARE = 0.9
+
+SANDBOX_MARK = "FLEET_SANDBOX"
+
+
+class ExitCode(enum.IntEnum):
+    """How the turn went. `docker` and shells use 2 and 125 upward themselves: none of those is used here."""
+
+    FINISHED = 0
+    """The SDK's worker ended cleanly: the turn is over, its stop posted or handed to the control plane."""
+    CRASH = 1
+    """Anything unexpected: the turn is not over and may be served by another attempt."""
+    STOPPED = 10
+    """SIGTERM or SIGINT came before the turn was over. No stop was posted: that is the control plane's."""
+    UNSERVED = 11
+    """As FINISHED, but a message slipped in before the stop and nobody works on it."""
+    TICKET_REFUSED = 12
+    """The ticket is spent or this attempt not the current one: another sandbox has the turn, or none may."""
+    TICKET_UNANSWERED = 13
+    """The tickets function gave no usable answer in time: another attempt may."""
+    CREDENTIAL_REFUSED = 14
+    """The API refused the session's token (401, 403), or the work secret holds none."""
+    SESSION_GONE = 15
+    """The API does not know the session (404): it was deleted."""
+    BAD_CONFIGURATION = 16
+    """An environment variable is missing or makes no sense; the log names it and what sets it."""
+
+
+# --- configuration ----------------------------------------------------------------------------------------
+
+_LAUNCHER = "the launcher sets it in the RunTask overrides"
+_TEMPLATE = "template.yaml sets it in the task definition"
+_SET_BY = {
+    "FLEET_WORK_ID": _LAUNCHER,
+    "FLEET_TURN": _LAUNCHER,
+    "FLEET_ATTEMPT": _LAUNCHER,
+    "FLEET_TICKET": _LAUNCHER,
+    "FLEET_TICKETS_URL": _TEMPLATE,
+    "FLEET_MAX_IDLE_SECONDS": _TEMPLATE,
+    "FLEET_STOP_TIMEOUT_SECONDS": _TEMPLATE,
+    "FLEET_WORKDIR": _TEMPLATE,
+    "ANTHROPIC_BASE_URL": _TEMPLATE,
+    "ANTHROPIC_ENVIRONMENT_ID": _TEMPLATE,
+}
+# What an agent's tools may see of our variables: which sandbox they run in, nothing to call with.
+_TOOLS_MAY_SEE = {"FLEET_WORK_ID", "FLEET_TURN", "FLEET_ATTEMPT"}
+
+
+class ConfigurationError(Exception):
+    """A variable is missing or makes no sense; the message names it and what sets it."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name} {problem} ({_SET_BY[name]})")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The process's environment, read once. The two durations are in seconds."""
+
+    attempt: Attempt
+    ticket: str = field(repr=False)
+    tickets_url: str
+    base_url: str
+    environment_id: str
+    max_idle: float
+    stop_timeout: float
+    workdir: str
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> "Config":
+        """Raises ConfigurationError."""
+
+        def text(name: str, default: str | None = None) -> str:
+            value = environ.get(name) or default
+            if value is None:
+                raise ConfigurationError(name, "is not set")
+            return value
+
+        def number(name: str) -> int:
+            if not (value := text(name)).isdecimal():
+                raise ConfigurationError(name, f"must be a whole number, not {value!r}")
+            return int(value)
+
+        def seconds(name: str, default: str) -> float:
+            value = text(name, default)
+            try:
+                parsed = float(value)
+            except ValueError:
+                parsed = math.nan
+            if not (math.isfinite(parsed) and parsed > 0):
+                raise ConfigurationError(name, f"must be a number of seconds above 0, not {value!r}")
+            return parsed
+
+        def url(name: str) -> str:
+            value = text(name)
+            try:
+                parsed = httpx2.URL(value)
+            except httpx2.InvalidURL:
+                parsed = httpx2.URL("")
+            if parsed.scheme not in ("http", "https") or not parsed.host:
+                raise ConfigurationError(name, "must be an http or https URL")
+            return value
+
+        def directory(name: str, default: str) -> str:
+            value = text(name, default)
+            try:
+                os.makedirs(value, exist_ok=True)
+            except OSError as error:
+                raise ConfigurationError(name, f"cannot be made: {error}") from error
+            if not os.access(value, os.W_OK | os.X_OK):
+                raise ConfigurationError(name, f"is not writable: {value}")
+            return value
+
+        return cls(
+            attempt=Attempt(text("FLEET_WORK_ID"), number("FLEET_TURN"), number("FLEET_ATTEMPT")),
+            ticket=text("FLEET_TICKET"),
+            tickets_url=url("FLEET_TICKETS_URL"),
+            base_url=url("ANTHROPIC_BASE_URL"),
+            environment_id=text("ANTHROPIC_ENVIRONMENT_ID"),
+            max_idle=seconds("FLEET_MAX_IDLE_SECONDS", "60"),
+            stop_timeout=seconds("FLEET_STOP_TIMEOUT_SECONDS", "120"),
+            workdir=directory("FLEET_WORKDIR", "/workspace"),
+        )
+
+
+def scrub_environment(environ: MutableMapping[str, str]) -> None:
+    """Leave nothing that a tool may not see, or that the SDK would take as another credential or header."""
+    for name in list(environ):
+        if name.startswith("ANTHROPIC_") or (name.startswith("FLEET_") and name not in _TOOLS_MAY_SEE):
+            del environ[name]
+
+
+# --- ending a turn early ----------------------------------------------------------------------------------
+
+
+class EarlyEnd:
+    """Ends the turn before the worker is done. The first reason given stands.
+
+    Cancelling the scope is what the SDK itself does when a beat is answered `stopping` (the running tool is
+    shielded, memory is flushed, cleanup runs), without waiting up to 30 s for the next beat.
+    """
+
+    def __init__(self, config: Config, mark: str) -> None:
+        self.scope = anyio.CancelScope()
+        self.reason: ExitCode | None = None
+        self._stop_timeout = config.stop_timeout
+        self._mark = mark
+        self._ending_tools: asyncio.Task[None] | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.reason is not None
+
+    def request(self, reason: ExitCode, why: str) -> None:
+        """End the turn; harmless when repeated. Call it in the event loop's thread."""
+        if self.reason is not None:
+            return
+        self.reason = reason
+        say(logging.WARNING, "turn told to end", reason=reason.name, why=why)
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._stop_timeout * STOP_DEADLINE_SHARE, self._give_up)
+        self._ending_tools = loop.create_task(self._end_tools())
+        self.scope.cancel()
+
+    def on_refused(self, status: int) -> None:
+        """End the turn because the API refuses the session for good."""
+        reason = {
+            401: ExitCode.CREDENTIAL_REFUSED,
+            403: ExitCode.CREDENTIAL_REFUSED,
+            404: ExitCode.SESSION_GONE,
+        }.get(status, ExitCode.CRASH)
+        self.request(reason, f"the API answered HTTP {status} for the session")
+
+    async def _end_tools(self) -> None:
+        """The SDK waits for a running tool (bash: up to 120 s): end it, so its result is still posted."""
+        await asyncio.sleep(min(TOOL_GRACE_SECONDS, self._stop_timeout / 10))
+        end_tool_processes(self._mark, signal.SIGTERM)
+        while True:
+            await asyncio.sleep(min(TOOL_KILL_SECONDS, self._stop_timeout / 10))
+            end_tool_processes(self._mark, signal.SIGKILL)
+
+    def _give_up(self) -> None:
+        # SIGKILL is near: leave with a code and a line that say so, rather than without.
+        code = self.reason or ExitCode.STOPPED
+        say(logging.ERROR, "stop timeout nearly over: a result or memory may be lost")
+        end_tool_processes(self._mark, signal.SIGKILL)
+        say_end(code)
+        os._exit(code)
+
+
+def end_tool_processes(mark: str, with_signal: signal.Signals) -> None:
+    """Signal every process that a tool started: our descendants, and what left the tree but carries our mark.
+
+    The SDK's shell shares our process group, so that a signal to the group would hit this process too.
+    """
+    own = psutil.Process()
+    # Parents first: a shell whose command alone dies would go on with its next.
+    found = dict.fromkeys(own.children(recursive=True))
+    for process in psutil.process_iter():
+        try:
+            if process.pid != own.pid and process.environ().get(SANDBOX_MARK) == mark:
+                found.setdefault(process)
+        except (psutil.Error, OSError):  # gone meanwhile, or not ours to look at: then not our tool either
+            continue
+    for process in found:
+        try:
+            process.send_signal(with_signal)
+        except psutil.Error:  # gone meanwhile
+            continue
+
+
+# --- the turn ---------------------------------------------------------------------------------------------
+
+
+async def run_sandbox(config: Config, formatter: JsonLines) -> ExitCode:
+    """Serve the turn and close it. Unexpected errors are raised."""
+    mark = uuid.uuid4().hex
+    os.environ[SANDBOX_MARK] = mark
+    early = EarlyEnd(config, mark)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        name = number.name
+        asyncio.get_running_loop().add_signal_handler(number, early.request, ExitCode.STOPPED, name)
+    nonce = secrets.token_urlsafe(32)
+    formatter.hide([nonce])
+    try:
+        async with httpx2.AsyncClient() as http:
+            control_plane = ControlPlane(http, config.tickets_url, config.attempt)
+            with early.scope:
+                grant = await control_plane.exchange(config.ticket, nonce)
+                formatter.hide(grant.secret_values())
+                say(logging.INFO, "ticket exchanged", session_id=grant.session_id)
+                token = usable_token(config, grant)
+                formatter.hide([token])
+                await serve_turn(config, grant, early)
+            if early.reason is not None:
+                say(logging.WARNING, "turn ended early", outcome=early.reason.name)
+                return early.reason
+            say(logging.INFO, "turn ended")
+            async with AsyncAnthropic(auth_token=token, base_url=config.base_url) as client:
+                return await close_turn(client, grant, control_plane)
+    except Exception as error:
+        if early.reason is None:
+            raise
+        say(logging.WARNING, "turn ended early", outcome=early.reason.name, error=describe(error))
+        return early.reason
+    finally:
+        end_tool_processes(mark, signal.SIGKILL)  # what an agent left running in the background
+
+
+class NoUsableCredential(Exception):
+    """The grant cannot serve this session."""
+
+
+def usable_token(config: Config, grant: Grant) -> str:
+    """The session's token. Raises NoUsableCredential, ConfigurationError."""
+    if grant.environment_id != config.environment_id:
+        raise ConfigurationError(
+            "ANTHROPIC_ENVIRONMENT_ID",
+            f"is {config.environment_id}, but the work item is of {grant.environment_id}",
+        )
+    if (token := grant.sessions_token()) is None:
+        raise NoUsableCredential("the work secret holds no sessions token")
+    return token
+
+
+async def serve_turn(config: Config, grant: Grant, early: EarlyEnd) -> None:
+    """Let the SDK's worker serve the session until its turn is over.
+
+    Returning says that the worker ended by itself, which is a clean end unless `early` has a reason by then.
+    """
+    guard = LeaseGuard(
+        session_id=grant.session_id, stopping=lambda: early.requested, on_refused=early.on_refused
+    )
+    # The worker signs with the session's token; one given here keeps the SDK from looking for others.
+    async with AsyncAnthropic(
+        auth_token="unused",  # noqa: S106
+        base_url=config.base_url,
+        http_client=DefaultAsyncHttpxClient(transport=guard),
+    ) as client:
+        worker = client.beta.environments.work.worker(workdir=config.workdir, max_idle=config.max_idle)
+        say(logging.INFO, "turn started")
+        await worker.handle_item(
+            work_id=grant.work_id,
+            environment_id=grant.environment_id,
+            session_id=grant.session_id,
+            work_secret=grant.work_secret.get_secret_value(),
+        )
+
+
+async def close_turn(client: AsyncAnthropic, grant: Grant, control_plane: ControlPlane) -> ExitCode:
+    """Post the forced stop, then look for a message that slipped in before it (DESIGN §7)."""
+    if not await post_stop(client, grant):
+        # While the item stays active with nobody listening, a new message is lost: do not wait for ECS.
+        await tell_turn_ended(control_plane, grant, unserved=False)
+    if not await left_unserved(client, grant.session_id):
+        return ExitCode.FINISHED
+    say(logging.ERROR, "a message came before the stop and nobody works on it", session_id=grant.session_id)
+    await tell_turn_ended(control_plane, grant, unserved=True)
+    return ExitCode.UNSERVED
+
+
+async def post_stop(client: AsyncAnthropic, grant: Grant) -> bool:
+    """Post the forced stop, once: repeated late it would kill the session's next turn (DESIGN §7).
+
+    Returns whether the item is known to be stopped; 409 says that it already was (W§7.1).
+    """
+    once = client.with_options(max_retries=0, timeout=POST_STOP_SECONDS)
+    try:
+        with anyio.fail_after(POST_STOP_SECONDS):
+            await once.beta.environments.work.stop(
+                grant.work_id, environment_id=grant.environment_id, force=True
+            )
+    except APIStatusError as error:
+        already_stopped = error.status_code == 409
+        level = logging.INFO if already_stopped else logging.WARNING
+        say(level, "stop posted", status=error.status_code)
+        return already_stopped
+    except (APIError, TimeoutError) as error:
+        say(logging.WARNING, "stop posted, no answer", error=describe(error))
+        return False
+    say(logging.INFO, "stop posted", status=200)
+    return True
+
+
+async def tell_turn_ended(control_plane: ControlPlane, grant: Grant, *, unserved: bool) -> None:
+    """Give the control plane the word; failing that, it learns the end from ECS and the exit code."""
+    try:
+        taken = await control_plane.turn_ended(grant.callback_secret.get_secret_value(), unserved=unserved)
+    except ControlPlaneUnanswered as error:
+        say(logging.ERROR, "the end of the turn could not be told", unserved=unserved, error=describe(error))
+    else:
+        say(logging.INFO if taken else logging.ERROR, "end of the turn told", unserved=unserved, taken=taken)
+
+
+async def left_unserved(client: AsyncAnthropic, session_id: str) -> bool:
+    """Read the session's history and say whether it ends in work that nobody does."""
+    try:
+        with anyio.fail_after(READ_HISTORY_SECONDS):
+            events = [event async for event in client.beta.sessions.events.list(session_id, limit=1000)]
+    except (APIError, TimeoutError) as error:
+        say(logging.WARNING, "history not read; a message may be left unserved", error=describe(error))
+        return False
+    return ends_in_unserved_work(events)
+
+
+def ends_in_unserved_work(events: Iterable[object]) -> bool:
+    """Whether a message or a new outcome to reach came after the turn's last end.
+
+    Only an idle that is not `requires_action` ends a turn (W§11.3), as does the session's own end.
+    """
+    turn_is_over = unserved = False
+    for event in events:
+        kind = getattr(event, "type", None)
+        if kind in ("session.status_terminated", "session.deleted"):
+            return False
+        if kind == "session.status_idle":
+            reason = getattr(getattr(event, "stop_reason", None), "type", None)
+            if reason != "requires_action":
+                turn_is_over, unserved = True, False
+        elif kind in ("user.message", "user.define_outcome") and turn_is_over:
+            unserved = True
+    return unserved
+
+
+# --- the process ------------------------------------------------------------------------------------------
+
+
+def main() -> ExitCode:
+    """Run the sandbox's one turn; every error becomes one line and an exit code."""
+    formatter = configure_logging()
+    known: list[tuple[type[Exception], ExitCode]] = [
+        (ConfigurationError, ExitCode.BAD_CONFIGURATION),
+        (TicketRefused, ExitCode.TICKET_REFUSED),
+        (ControlPlaneUnanswered, ExitCode.TICKET_UNANSWERED),
+        (NoUsableCredential, ExitCode.CREDENTIAL_REFUSED),
+    ]
+    formatter.hide([os.environ.get("FLEET_TICKET", "")])
+    try:
+        config = Config.from_environment(os.environ)
+        formatter.add_fields(config.attempt.as_fields())
+        scrub_environment(os.environ)
+        code = asyncio.run(run_sandbox(config, formatter))
+    except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback, a code that says crash
+        code = next((code for kind, code in known if isinstance(error, kind)), ExitCode.CRASH)
+        message = str(error) if code is not ExitCode.CRASH else f"unexpected error: {describe(error)}"
+        say(logging.ERROR, message)
+    say_end(code)
+    return code
+
+
+def say_end(code: ExitCode) -> None:
+    say(logging.INFO, "sandbox ends", exit_code=int(code), outcome=code.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
