@@ -98,16 +98,12 @@ class ControlPlane:
         try:
             grant = Grant.model_validate_json(response.content)
         except ValidationError as error:
-            wrong = sorted(
-                {".".join(map(str, part["loc"])) or "body" for part in error.errors(include_input=False)}
-            )
+            wrong = sorted({".".join(map(str, part["loc"])) or "body" for part in error.errors(include_input=False)})
             raise ControlPlaneUnanswered(
                 f"the tickets function answered 200 without a usable {', '.join(wrong)}"
             ) from None
         if grant.work_id != self.attempt.work_id:
-            raise ControlPlaneUnanswered(
-                f"the tickets function granted work item {grant.work_id}, which is not ours"
-            )
+            raise ControlPlaneUnanswered(f"the tickets function granted work item {grant.work_id}, which is not ours")
         return grant
 
     async def turn_ended(self, callback_secret: str, *, unserved: bool) -> bool:
@@ -135,9 +131,7 @@ class ControlPlane:
                 problem = f"HTTP {response.status_code}"
                 wait = max(delay, _retry_after(response))
             if self.now() + wait >= deadline:
-                raise ControlPlaneUnanswered(
-                    f"no answer from the tickets function in {within:g} s (last: {problem})"
-                )
+                raise ControlPlaneUnanswered(f"no answer from the tickets function in {within:g} s (last: {problem})")
             await self.sleep(wait)
         raise AssertionError("the delays never end")
 

@@ -31,8 +31,7 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{record.msecs:03.0f}Z",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
@@ -54,9 +53,7 @@ def configure_logging() -> JsonLines:
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    logging.raiseExceptions = (
-        False  # a line that cannot be made would be shown on stderr, its secrets with it
-    )
+    logging.raiseExceptions = False  # a line that cannot be made would be shown on stderr, its secrets with it
     _runner.setLevel(logging.INFO)
     # ANTHROPIC_LOG raises these to DEBUG when the SDK is imported, and DEBUG shows request bodies.
     for name in ("anthropic", "httpx2"):

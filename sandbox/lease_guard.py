@@ -14,9 +14,7 @@ import httpx2
 # one would drop results in a brief outage. A stop does not wait for the next beat (runner.EarlyEnd).
 LEASE_TTL_SECONDS = 300
 
-_WORK_CALL = re.compile(
-    r"/v1/environments/(?P<environment>[^/]+)/work(?:/(?P<work>[^/]+)(?:/(?P<verb>[^/]+))?)?$"
-)
+_WORK_CALL = re.compile(r"/v1/environments/(?P<environment>[^/]+)/work(?:/(?P<work>[^/]+)(?:/(?P<verb>[^/]+))?)?$")
 _SESSION_CALL = re.compile(r"/v1/sessions/(?P<session>[^/]+)(?:/events(?:/stream)?)?$")
 
 # What the SDK tries again (W§11.1).

@@ -304,9 +304,7 @@ async def serve_turn(config: Config, grant: Grant, early: EarlyEnd) -> None:
 
     Returning says that the worker ended by itself, which is a clean end unless `early` has a reason by then.
     """
-    guard = LeaseGuard(
-        session_id=grant.session_id, stopping=lambda: early.requested, on_refused=early.on_refused
-    )
+    guard = LeaseGuard(session_id=grant.session_id, stopping=lambda: early.requested, on_refused=early.on_refused)
     # The worker signs with the session's token; one given here keeps the SDK from looking for others.
     async with AsyncAnthropic(
         auth_token="unused",  # noqa: S106
@@ -343,9 +341,7 @@ async def post_stop(client: AsyncAnthropic, grant: Grant) -> bool:
     once = client.with_options(max_retries=0, timeout=POST_STOP_SECONDS)
     try:
         with anyio.fail_after(POST_STOP_SECONDS):
-            await once.beta.environments.work.stop(
-                grant.work_id, environment_id=grant.environment_id, force=True
-            )
+            await once.beta.environments.work.stop(grant.work_id, environment_id=grant.environment_id, force=True)
     except APIStatusError as error:
         already_stopped = error.status_code == 409
         level = logging.INFO if already_stopped else logging.WARNING

@@ -206,9 +206,7 @@ def diagnose(task: Mapping[str, Any]) -> Diagnosis:
     """Why a STOPPED task stopped, from its description or its event's `detail`; any field may be missing."""
     stop_code = str(task.get("stopCode") or "")
     containers = _own_containers(task)
-    reasons = [
-        str(part) for part in (task.get("stoppedReason"), *(c.get("reason") for c in containers)) if part
-    ]
+    reasons = [str(part) for part in (task.get("stoppedReason"), *(c.get("reason") for c in containers)) if part]
     text = "; ".join(dict.fromkeys(reasons))
     exit_code = _exit_code(containers)
     detail = _detail(stop_code, exit_code, text)
@@ -219,13 +217,9 @@ def diagnose(task: Mapping[str, Any]) -> Diagnosis:
         return Diagnosis(kind, summary, detail, what_to_do)
 
     if stop_code == "SpotInterruption" or _SPOT.search(text):
-        return found(
-            Kind.INTERRUPTED, "Spot took the capacity back", "Nothing: the turn goes on in a new sandbox."
-        )
+        return found(Kind.INTERRUPTED, "Spot took the capacity back", "Nothing: the turn goes on in a new sandbox.")
     if stop_code == "TerminationNotice" or _HOST.search(text):
-        return found(
-            Kind.INTERRUPTED, "its host was taken away", "Nothing: the turn goes on in a new sandbox."
-        )
+        return found(Kind.INTERRUPTED, "its host was taken away", "Nothing: the turn goes on in a new sandbox.")
     if _OUT_OF_MEMORY.search(text):
         return found(
             Kind.CRASH,
@@ -243,9 +237,7 @@ def diagnose(task: Mapping[str, Any]) -> Diagnosis:
     known = _known(text)
     if known is None:
         began = "stopped" if ran else "did not start"
-        return found(
-            Kind.UNKNOWN, f"{began}, for a reason not known here", "Read the detail; it is retried meanwhile."
-        )
+        return found(Kind.UNKNOWN, f"{began}, for a reason not known here", "Read the detail; it is retried meanwhile.")
     if ran:
         return found(Kind.INTERRUPTED, f"lost while it ran: {known.summary}", known.what_to_do)
     permanent = known.problem is LaunchProblem.PERMANENT

@@ -323,9 +323,7 @@ class WorkApi:
         if not 1 <= limit <= 100:
             raise ValueError(f"limit must be 1..100; got {limit}")
         params = {"limit": limit, "page": page}
-        return self._retrying(
-            lambda: self._read(WorkPage, self._send("GET", "", "list", params=params), "list")
-        )
+        return self._retrying(lambda: self._read(WorkPage, self._send("GET", "", "list", params=params), "list"))
 
     def list_all(self) -> Iterator[Work]:
         """Every item, page after page; Refused if the server repeats a page's cursor."""
@@ -378,9 +376,7 @@ class WorkApi:
             raise self._error(reply, what, key, on_conflict)
         return reply
 
-    def _error(
-        self, reply: httpx.Response, what: str, key: str, on_conflict: type[WorkApiError]
-    ) -> WorkApiError:
+    def _error(self, reply: httpx.Response, what: str, key: str, on_conflict: type[WorkApiError]) -> WorkApiError:
         """The named error of a reply: by status and `details` only, never by `error.type` (W§11.1)."""
         status, body = reply.status_code, _object(_json(reply))
         error = _object(body.get("error"))

@@ -72,12 +72,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--time-scale", type=_factor, default=1.0, help="factor on rate() schedules (0.1: ten times faster)"
     )
-    parser.add_argument(
-        "--sfn-wait-scale", type=_factor, default=1.0, help="factor on the waits of Step Functions"
-    )
-    parser.add_argument(
-        "--images", type=Path, help='JSON file {"image": ["program", "argument"]}: what ECS tasks run'
-    )
+    parser.add_argument("--sfn-wait-scale", type=_factor, default=1.0, help="factor on the waits of Step Functions")
+    parser.add_argument("--images", type=Path, help='JSON file {"image": ["program", "argument"]}: what ECS tasks run')
     parser.add_argument(
         "--state-dir", type=Path, help="where its files go; kept (default: a directory removed at the end)"
     )

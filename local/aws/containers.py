@@ -63,9 +63,7 @@ class Images:
 def _image(path: Path, name: str, entry: Any) -> Image:
     entry = {"argv": entry} if isinstance(entry, list) else entry
     argv, env, cwd = (
-        (entry.get("argv"), entry.get("env", {}), entry.get("cwd"))
-        if isinstance(entry, dict)
-        else (None, None, None)
+        (entry.get("argv"), entry.get("env", {}), entry.get("cwd")) if isinstance(entry, dict) else (None, None, None)
     )
     if not (
         isinstance(argv, list)
@@ -76,8 +74,7 @@ def _image(path: Path, name: str, entry: Any) -> Image:
         and (cwd is None or isinstance(cwd, str))
     ):
         raise ImagesFileError(
-            f"image {name!r} in {path} must be a list of words or "
-            '{"argv": [...], "env": {...}, "cwd": "..."}'
+            f'image {name!r} in {path} must be a list of words or {{"argv": [...], "env": {{...}}, "cwd": "..."}}'
         )
     return Image(tuple(argv), env, cwd)
 

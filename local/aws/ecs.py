@@ -115,9 +115,7 @@ class TaskEngine:
                 return _reply({"tasks": [_shown(self._lives[arn].record) for arn in made], "failures": []})
             lives = [self._register(data, cluster, definition) for _ in range(data.get("count", 1))]
             if token := data.get("clientToken"):
-                self._tokens.remember(
-                    cluster["clusterArn"], token, _request(data), [life.arn for life in lives]
-                )
+                self._tokens.remember(cluster["clusterArn"], token, _request(data), [life.arn for life in lives])
             answer = _reply({"tasks": [_shown(life.record) for life in lives], "failures": []})
         for life in lives:
             threading.Thread(target=self._live, args=(life,), daemon=True, name=f"ecs-{life.id[:8]}").start()
@@ -129,9 +127,7 @@ class TaskEngine:
         try:
             return self._tokens.find(cluster["clusterArn"], data["clientToken"], _request(data))
         except TokenConflictError as conflict:
-            raise _Refused(
-                "ConflictException", str(conflict), resourceIds=list(conflict.task_arns)
-            ) from conflict
+            raise _Refused("ConflictException", str(conflict), resourceIds=list(conflict.task_arns)) from conflict
 
     def _register(self, data: Json, cluster: Json, definition: Json) -> _Life:
         task_id = new_uuid().replace("-", "")
@@ -153,9 +149,7 @@ class TaskEngine:
             "capacityProviderName": capacity_provider,
             "connectivity": "CONNECTED",
             "connectivityAt": now,
-            "containers": [
-                _container_record(arn, container) for container in definition["containerDefinitions"]
-            ],
+            "containers": [_container_record(arn, container) for container in definition["containerDefinitions"]],
             "cpu": overrides.get("cpu") or definition.get("cpu", "256"),
             "createdAt": now,
             "desiredStatus": "RUNNING",
@@ -219,9 +213,7 @@ class TaskEngine:
     def _list_tasks(self, data: Json) -> Response:
         cluster = _cluster(data)
         if data.get("startedBy") and any(data.get(name) for name in ("family", "serviceName")):
-            raise _Refused(
-                "InvalidParameterException", "When you specify startedBy, it must be the only filter."
-            )
+            raise _Refused("InvalidParameterException", "When you specify startedBy, it must be the only filter.")
         wanted = {
             "clusterArn": cluster["clusterArn"],
             "desiredStatus": data.get("desiredStatus", "RUNNING"),
@@ -291,9 +283,7 @@ class TaskEngine:
         )
         on_line = self._log_sink(life, definition)
         try:
-            return Container(
-                [*image.argv, *command], env, image.cwd or str(life.scratch), on_line, life.wake.set
-            )
+            return Container([*image.argv, *command], env, image.cwd or str(life.scratch), on_line, life.wake.set)
         except OSError as error:
             raise _CannotStartError(f"CannotStartContainerError: {error}") from error
 
@@ -468,9 +458,7 @@ def _check_run_task(data: Json, definition: Json) -> None:
     if len(data.get("startedBy", "")) > _MAX_STARTED_BY:
         raise _Refused(invalid, f"startedBy must be at most {_MAX_STARTED_BY} characters.")
     if definition["networkMode"] == "awsvpc" and not data.get("networkConfiguration"):
-        raise _Refused(
-            invalid, "Network Configuration must be provided when networkMode 'awsvpc' is specified."
-        )
+        raise _Refused(invalid, "Network Configuration must be provided when networkMode 'awsvpc' is specified.")
     overrides = data.get("overrides") or {}
     if len(json.dumps(overrides, separators=(",", ":"))) > _MAX_OVERRIDES:
         raise _Refused(invalid, f"Container Overrides length must be at most {_MAX_OVERRIDES}")
@@ -479,8 +467,7 @@ def _check_run_task(data: Json, definition: Json) -> None:
         if override.get("name") not in names:
             raise _Refused(
                 invalid,
-                f"Override for container named {override.get('name')} is not a container in the "
-                "TaskDefinition.",
+                f"Override for container named {override.get('name')} is not a container in the TaskDefinition.",
             )
 
 
@@ -493,9 +480,7 @@ def _container_record(task_arn: str, definition: Json) -> Json:
     spec = parse_arn(task_arn)
     cluster_and_task = spec.resource.removeprefix("task/")
     return {
-        "containerArn": (
-            f"arn:aws:ecs:{spec.region}:{spec.account_id}:container/{cluster_and_task}/{new_uuid()}"
-        ),
+        "containerArn": (f"arn:aws:ecs:{spec.region}:{spec.account_id}:container/{cluster_and_task}/{new_uuid()}"),
         "taskArn": task_arn,
         "name": definition["name"],
         "image": definition["image"],

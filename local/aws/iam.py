@@ -51,9 +51,7 @@ def install() -> None:
             else str(resource_of(service, method, path, headers, body, params, region, account_id))
         )
 
-    def request_tag_context(
-        service: str, iam_action: str, body: bytes, params: dict[str, Any]
-    ) -> dict[str, Any]:
+    def request_tag_context(service: str, iam_action: str, body: bytes, params: dict[str, Any]) -> dict[str, Any]:
         keys: dict[str, Any] = dict(keys_of(service, iam_action, body, params))
         if service == "ecs":
             keys |= _cluster_key(iam_action.split(":", 1)[-1], _json(body), get_region(), get_account_id())
@@ -137,9 +135,7 @@ def _further_checks(action: str, data: dict[str, Any], region: str, account_id: 
 def _cluster_key(action: str, data: dict[str, Any], region: str, account_id: str) -> dict[str, Any]:
     if action not in _IN_A_CLUSTER:
         return {}
-    return {
-        "ecs:cluster": f"arn:aws:ecs:{region}:{account_id}:cluster/{_name(data.get('cluster') or 'default')}"
-    }
+    return {"ecs:cluster": f"arn:aws:ecs:{region}:{account_id}:cluster/{_name(data.get('cluster') or 'default')}"}
 
 
 def _metric_namespace(body: bytes, params: dict[str, Any]) -> str | None:

@@ -567,9 +567,7 @@ def test_a_function_url_of_a_stack_is_callable_and_speaks_payload_v2(aws: LocalA
         "Outputs": {"Url": {"Value": {"Fn::GetAtt": ["Url", "FunctionUrl"]}}},
     }
     stacks = aws.client("cloudformation")
-    stacks.create_stack(
-        StackName="url", TemplateBody=json.dumps(template), Capabilities=["CAPABILITY_NAMED_IAM"]
-    )
+    stacks.create_stack(StackName="url", TemplateBody=json.dumps(template), Capabilities=["CAPABILITY_NAMED_IAM"])
 
     def outputs() -> list[dict[str, str]] | None:
         stack = stacks.describe_stacks(StackName="url")["Stacks"][0]
@@ -591,10 +589,7 @@ def test_a_function_url_of_a_stack_is_callable_and_speaks_payload_v2(aws: LocalA
 
 
 def test_an_exceptions_class_is_the_error_type(aws: LocalAws, caller: Caller) -> None:
-    source = (
-        "class LeaseLost(Exception): pass\n"
-        "def handler(event, context): raise LeaseLost('w: gone\\nfor good')\n"
-    )
+    source = "class LeaseLost(Exception): pass\ndef handler(event, context): raise LeaseLost('w: gone\\nfor good')\n"
     functions = aws.client("lambda")
     functions.create_function(
         FunctionName="raises",
@@ -644,9 +639,7 @@ def _close_stdin(process: "subprocess.Popen[str]") -> None:
         pytest.param(_close_stdin, id="end of its parent"),
     ],
 )
-def test_nothing_it_started_outlives_it(
-    tmp_path: Path, end: Callable[["subprocess.Popen[str]"], None]
-) -> None:
+def test_nothing_it_started_outlives_it(tmp_path: Path, end: Callable[["subprocess.Popen[str]"], None]) -> None:
     state = tmp_path / "state"
     aws = start(tmp_path, "--state-dir", str(state))
     aws.client("logs").create_log_group(logGroupName="g")
@@ -700,9 +693,7 @@ def test_an_unusable_images_file_is_one_clear_line(tmp_path: Path, content: str 
 
 def test_an_image_is_found_by_repository_whatever_its_tag(tmp_path: Path) -> None:
     path = tmp_path / "images.json"
-    path.write_text(
-        '{"sandbox": ["run"], "host:5000/team/other": {"argv": ["o"], "env": {"A": "1"}, "cwd": "/x"}}'
-    )
+    path.write_text('{"sandbox": ["run"], "host:5000/team/other": {"argv": ["o"], "env": {"A": "1"}, "cwd": "/x"}}')
     images = Images.from_file(path)
     for reference in ("sandbox", "sandbox:1", "1.dkr.ecr.example/fleet/sandbox:v2", "r/sandbox@sha256:00"):
         image = images.find(reference)

@@ -85,9 +85,7 @@ class Between:
             error = {"type": "refused", "message": "refused by the test"}
             return JSONResponse({"type": "error", "error": error}, status)
         client = httpx.AsyncClient(base_url=self.api, timeout=WAIT_SECONDS)
-        headers = {
-            name: value for name, value in request.headers.items() if name not in ("host", "accept-encoding")
-        }
+        headers = {name: value for name, value in request.headers.items() if name not in ("host", "accept-encoding")}
         outgoing = client.build_request(
             request.method, path, params=request.query_params, headers=headers, content=body
         )
@@ -101,9 +99,7 @@ class Between:
                 await incoming.aclose()
                 await client.aclose()
 
-        kept = {
-            name: value for name, value in incoming.headers.items() if name in ("content-type", "retry-after")
-        }
+        kept = {name: value for name, value in incoming.headers.items() if name in ("content-type", "retry-after")}
         return StreamingResponse(content(), incoming.status_code, kept)
 
     @property
@@ -119,9 +115,7 @@ class Between:
 def between(emulator: Emulator) -> Iterator[Between]:
     between = Between(emulator.url)
     server = uvicorn.Server(
-        uvicorn.Config(
-            between.app(), host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1
-        )
+        uvicorn.Config(between.app(), host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1)
     )
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -152,7 +146,11 @@ class Sandbox:
         queued = self.control("sessions", {"script": list(script)})["sessions"][0]
         self.session_id = queued["session_id"]
         work = f"{self.emulator.url}/v1/environments/{self.emulator.environment_id}/work"
-        with httpx.Client(headers={"authorization": f"Bearer {self.emulator.environment_key}"}) as poller:
+        headers = {
+            "authorization": f"Bearer {self.emulator.environment_key}",
+            "anthropic-beta": "managed-agents-2026-04-01",
+        }
+        with httpx.Client(headers=headers) as poller:
             item = poller.get(f"{work}/poll").raise_for_status().json()
             assert item["id"] == queued["work_id"]
             poller.post(f"{work}/{item['id']}/ack").raise_for_status()
@@ -230,9 +228,7 @@ def test_a_turn_runs_on_the_sessions_token_and_makes_one_work_call(sandbox: Sand
     between = sandbox.between
     assert between.result_texts == ["hi", f"hi\n{sandbox.workdir}"]
     grant = between.grant
-    assert between.work_calls == [
-        f"POST /v1/environments/{grant['environment_id']}/work/{grant['work_id']}/stop"
-    ]
+    assert between.work_calls == [f"POST /v1/environments/{grant['environment_id']}/work/{grant['work_id']}/stop"]
     [credential] = between.stop_credentials
     assert credential.startswith("Bearer ")
     assert credential not in (f"Bearer {sandbox.emulator.environment_key}", "Bearer another-credential")
@@ -279,9 +275,7 @@ def test_a_signal_mid_tool_ends_the_tool_posts_its_result_and_no_stop(
 
 def test_a_result_that_cannot_be_posted_does_not_outlast_the_stop_timeout(sandbox: Sandbox) -> None:
     """The SDK sends a result again for 300 s, and shields that from the stop."""
-    sandbox.between.refuse = lambda method, path: (
-        503 if method == "POST" and path.endswith("/events") else None
-    )
+    sandbox.between.refuse = lambda method, path: 503 if method == "POST" and path.endswith("/events") else None
     sandbox.stop_timeout = 2.0
     sandbox.start(bash("true"))
     wait_until(lambda: bool(sandbox.between.results))
@@ -338,9 +332,7 @@ def test_a_session_that_is_refused_or_gone_is_told_apart_and_not_stopped(
 
 
 def test_an_unexpected_end_is_a_crash_and_not_stopped(sandbox: Sandbox) -> None:
-    sandbox.between.refuse = lambda method, path: (
-        500 if path == f"/v1/sessions/{sandbox.session_id}" else None
-    )
+    sandbox.between.refuse = lambda method, path: 500 if path == f"/v1/sessions/{sandbox.session_id}" else None
     sandbox.start(bash("true"))
     assert sandbox.ends() is ExitCode.CRASH
     assert sandbox.between.work_calls == []

@@ -47,9 +47,7 @@ def stopped(
 def test_a_container_that_ended_is_told_by_its_exit_code(
     exit_code: int, container_reason: str | None, kind: Kind, words: str
 ) -> None:
-    found = stopped(
-        "EssentialContainerExited", EXITED, exit_code, container_reason, startedAt="2026-09-02T00:08:33Z"
-    )
+    found = stopped("EssentialContainerExited", EXITED, exit_code, container_reason, startedAt="2026-09-02T00:08:33Z")
     assert found.kind is kind
     assert words in found.summary
     assert EXITED in found.detail
@@ -89,10 +87,7 @@ def test_a_sigterm_without_a_notice_is_spot_only_on_spot_capacity(provider: str,
 
 
 def test_a_kill_on_spot_capacity_without_a_notice_counts_as_a_crash() -> None:
-    assert (
-        stopped("EssentialContainerExited", EXITED, 137, capacityProviderName="FARGATE_SPOT").kind
-        is Kind.CRASH
-    )
+    assert stopped("EssentialContainerExited", EXITED, 137, capacityProviderName="FARGATE_SPOT").kind is Kind.CRASH
 
 
 @pytest.mark.parametrize("exit_code", [None, 0, 1, 137, 143])
@@ -202,16 +197,12 @@ def test_a_launch_that_someone_must_mend(reason: str, words: str, stop_code: str
 
 
 def test_the_reason_may_stand_with_the_container_only() -> None:
-    found = stopped(
-        "TaskFailedToStart", "Task failed to start", None, f"CannotPullContainerError: {ECR}: not found"
-    )
+    found = stopped("TaskFailedToStart", "Task failed to start", None, f"CannotPullContainerError: {ECR}: not found")
     assert found.kind is Kind.LAUNCH_PERMANENT
 
 
 def test_a_fault_of_the_host_after_the_start_is_an_interruption() -> None:
-    found = stopped(
-        None, "InternalError: The task failed due to internal error", startedAt="2026-09-02T00:08:33Z"
-    )
+    found = stopped(None, "InternalError: The task failed due to internal error", startedAt="2026-09-02T00:08:33Z")
     assert found.kind is Kind.INTERRUPTED
 
 
@@ -290,9 +281,7 @@ CAPACITY, THROTTLED, QUOTA, PERMANENT, UNKNOWN = LaunchProblem
         ("", "", UNKNOWN),
     ],
 )
-def test_a_launch_error_is_told_by_its_message_then_its_code(
-    code: str, message: str, problem: LaunchProblem
-) -> None:
+def test_a_launch_error_is_told_by_its_message_then_its_code(code: str, message: str, problem: LaunchProblem) -> None:
     assert classify_launch_error(code, message) is problem
 
 

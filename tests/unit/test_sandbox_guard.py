@@ -33,9 +33,7 @@ class Api:
     @asynccontextmanager
     async def sdk(self) -> AsyncIterator[AsyncAnthropic]:
         http = DefaultAsyncHttpxClient(transport=self.guard)
-        async with AsyncAnthropic(
-            auth_token="t", base_url="http://api.test/base", http_client=http
-        ) as client:
+        async with AsyncAnthropic(auth_token="t", base_url="http://api.test/base", http_client=http) as client:
             yield client
 
     async def request(self, method: str, path: str) -> int:

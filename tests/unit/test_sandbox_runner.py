@@ -67,9 +67,7 @@ def test_the_environment_is_read_with_its_defaults(environ: dict[str, str]) -> N
     ],
 )
 @pytest.mark.parametrize("value", [None, ""])
-def test_a_missing_variable_is_named_with_what_sets_it(
-    environ: dict[str, str], name: str, value: str | None
-) -> None:
+def test_a_missing_variable_is_named_with_what_sets_it(environ: dict[str, str], name: str, value: str | None) -> None:
     environ.pop(name)
     if value is not None:
         environ[name] = value
@@ -210,9 +208,7 @@ WAITS_FOR_TOOL = event("session.status_idle", "requires_action")
         ([MESSAGE], False),  # no end of a turn to compare with: a session that was terminated before
     ],
 )
-def test_a_message_after_the_last_end_of_a_turn_is_unserved(
-    history: list[SimpleNamespace], unserved: bool
-) -> None:
+def test_a_message_after_the_last_end_of_a_turn_is_unserved(history: list[SimpleNamespace], unserved: bool) -> None:
     assert runner.ends_in_unserved_work(history) is unserved
 
 
@@ -233,9 +229,7 @@ class FarSide:
             self.stop_request = request
             if isinstance(self.stop, Exception):
                 raise self.stop
-            return httpx2.Response(
-                self.stop, json={"type": "work", "id": "work_1"} if self.stop != 204 else None
-            )
+            return httpx2.Response(self.stop, json={"type": "work", "id": "work_1"} if self.stop != 204 else None)
         if request.url.path.endswith("/turn-ended"):
             body = json.loads(request.content)
             assert body["callback_secret"] == "callback-secret"
@@ -249,9 +243,7 @@ class FarSide:
     def close(self) -> ExitCode:
         async def run() -> ExitCode:
             http = DefaultAsyncHttpxClient(transport=httpx2.MockTransport(self._answer))
-            async with AsyncAnthropic(
-                auth_token="token", base_url="http://api.test", http_client=http
-            ) as client:
+            async with AsyncAnthropic(auth_token="token", base_url="http://api.test", http_client=http) as client:
                 plane = ControlPlane(http, "http://tickets.test/", Attempt("work_1", 5, 1))
                 return await runner.close_turn(client, GRANT, plane)
 
@@ -283,9 +275,7 @@ def test_a_stop_taken_needs_no_word(status: int) -> None:
     assert far.sent == ["stop", "history"]
 
 
-@pytest.mark.parametrize(
-    "stop", [401, 403, 429, 500, 503, httpx2.ReadTimeout("slow"), httpx2.ConnectError("no")]
-)
+@pytest.mark.parametrize("stop", [401, 403, 429, 500, 503, httpx2.ReadTimeout("slow"), httpx2.ConnectError("no")])
 def test_a_stop_refused_or_unanswered_is_posted_once_and_handed_to_the_control_plane(
     stop: int | Exception,
 ) -> None:

@@ -78,9 +78,7 @@ class Server:
         assert len(self.requests) == 1
         return self.requests[0]
 
-    def api(
-        self, base_url: str = "https://api.test", environment_id: str = "env_1", **options: Any
-    ) -> WorkApi:
+    def api(self, base_url: str = "https://api.test", environment_id: str = "env_1", **options: Any) -> WorkApi:
         def key() -> SecretStr:
             return SecretStr(self.keys.pop(0) if self.keys else KEY)
 
@@ -147,9 +145,7 @@ call_names = pytest.mark.parametrize("name", CALLS)
         ("stats", STATS, "GET", "/stats", b""),
     ],
 )
-def test_each_call_has_its_method_path_and_body(
-    name: str, reply: Any, method: str, path: str, body: bytes
-) -> None:
+def test_each_call_has_its_method_path_and_body(name: str, reply: Any, method: str, path: str, body: bytes) -> None:
     server = Server(ok(reply))
     CALLS[name](server.api())
     assert server.request.method == method
@@ -212,9 +208,7 @@ def test_a_page_size_the_server_may_refuse_is_refused_here(limit: int) -> None:
         Server(ok(None)).api().list(limit=limit)
 
 
-@pytest.mark.parametrize(
-    "value", ["2026-09-02T00:08:33Z", "2026-09-02T00:08:33.100000+00:00", "a b+c&d=é%20"]
-)
+@pytest.mark.parametrize("value", ["2026-09-02T00:08:33Z", "2026-09-02T00:08:33.100000+00:00", "a b+c&d=é%20"])
 def test_the_heartbeat_value_travels_byte_for_byte_both_ways(value: str) -> None:
     server = Server(ok(BEAT | {"last_heartbeat": value}))
     beat = server.api().heartbeat("sesn_1", value, desired_ttl_seconds=120)
@@ -429,9 +423,7 @@ CURRENT = {
 
 def precondition_failed(current_state: Any, **changes: Any) -> httpx.Response:
     details = {"error_code": "heartbeat_precondition_failed", "current_state": current_state}
-    return failure(
-        412, "Heartbeat precondition failed: expected X, actual was NULL", details=details, **changes
-    )
+    return failure(412, "Heartbeat precondition failed: expected X, actual was NULL", details=details, **changes)
 
 
 def test_a_412_is_a_lost_lease_with_the_current_state() -> None:
@@ -524,9 +516,7 @@ def test_a_409_means_what_its_call_makes_of_it(name: str, error: type[WorkApiErr
     ],
 )
 @call_names
-def test_each_status_has_its_named_error_whatever_the_body(
-    name: str, status: int, error: type[WorkApiError]
-) -> None:
+def test_each_status_has_its_named_error_whatever_the_body(name: str, status: int, error: type[WorkApiError]) -> None:
     for body in (
         b"",
         b"<html>Bad Gateway</html>",
@@ -672,9 +662,7 @@ def test_poll_ack_heartbeat_and_stop_are_sent_exactly_once(name: str, answer: An
     assert server.slept == []
 
 
-@pytest.mark.parametrize(
-    "answer", [failure(500), failure(429), failure(408), httpx.ReadTimeout("slow"), ok([])]
-)
+@pytest.mark.parametrize("answer", [failure(500), failure(429), failure(408), httpx.ReadTimeout("slow"), ok([])])
 @pytest.mark.parametrize("name", REPEATED)
 def test_reads_and_update_are_tried_three_times_with_a_growing_wait(name: str, answer: Answer) -> None:
     server = Server(answer)
@@ -718,9 +706,7 @@ def test_what_repeating_cannot_cure_is_not_repeated(name: str, status: int) -> N
 
 def test_no_secret_reaches_an_error_even_if_the_server_echoes_it() -> None:
     server = Server(
-        failure(
-            401, f"Invalid bearer token {KEY}, sk-ant-api03-other,\n {SECRET}", details={"error_code": KEY}
-        )
+        failure(401, f"Invalid bearer token {KEY}, sk-ant-api03-other,\n {SECRET}", details={"error_code": KEY})
     )
     with pytest.raises(NotAllowed) as caught:
         server.api().poll()

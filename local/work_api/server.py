@@ -1,0 +1,427 @@
+"""The emulator over HTTP: routes, parameters and the error envelope; no rules of the queue or the agent.
+
+`/v1/` is the API as WORK_API.md (W§n) tells it; `/_control/` is ours, without credentials, for tests.
+"""
+
+import asyncio
+import contextlib
+import json
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from local.work_api.access import Access, Caller
+from local.work_api.sessions import Event, Session, Sessions, read_script
+from local.work_api.state import DEFAULT_LIMIT, DEFAULT_RECLAIM_MS, Refusal, WorkQueue, timestamp
+
+BETA = "managed-agents-2026-04-01"
+MOST_BLOCK_MS = 999
+MOST_EVENTS = 1000
+_PING_SECONDS = 10.0
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Emulator:
+    """One self-hosted environment: its queue, sessions and keys, and the application that serves them.
+
+    All of it lives in the event loop that serves `app`; reach it from outside over HTTP only.
+    """
+
+    def __init__(self, environment_id: str, environment_key: str, org_key: str) -> None:
+        self._ahead = timedelta()
+        self._access = Access(environment_id, environment_key, org_key)
+        self._queue = WorkQueue(environment_id, self._now)
+        self._sessions = Sessions(environment_id, self._now, _new_id)
+        self._calls: list[dict[str, Any]] = []
+        self._woken = asyncio.Event()
+        self._closing = False
+        self.app = Starlette(
+            routes=self._routes(),
+            exception_handlers={Refusal: _refused, HTTPException: _no_route, Exception: _failed},
+        )
+
+    def close(self) -> None:
+        """End every open stream and blocked poll, so that the server can end."""
+        self._closing = True
+        self._wake()
+        for session in self._sessions.all():
+            session.close_streams()
+
+    def _routes(self) -> list[Route]:
+        work, session, control = (
+            "/v1/environments/{environment_id}/work",
+            "/v1/sessions/{session_id}",
+            "/_control",
+        )
+        # The literals come before {work_id} (W§1).
+        return [
+            Route(work, self._work("list", self._list), methods=["GET"]),
+            Route(f"{work}/poll", self._work("poll", self._poll), methods=["GET"]),
+            Route(f"{work}/stats", self._work("stats", self._stats), methods=["GET"]),
+            Route(f"{work}/{{work_id}}", self._work("retrieve", self._retrieve), methods=["GET"]),
+            Route(f"{work}/{{work_id}}", self._work("update", self._update), methods=["POST"]),
+            Route(f"{work}/{{work_id}}/ack", self._work("ack", self._ack), methods=["POST"]),
+            Route(f"{work}/{{work_id}}/heartbeat", self._work("heartbeat", self._heartbeat), methods=["POST"]),
+            Route(f"{work}/{{work_id}}/stop", self._work("stop", self._stop), methods=["POST"]),
+            Route(session, self._session, methods=["GET"]),
+            Route(f"{session}/events", self._events, methods=["GET"]),
+            Route(f"{session}/events", self._post_events, methods=["POST"]),
+            Route(f"{session}/events/stream", self._stream, methods=["GET"]),
+            Route("/v1/skills/{rest:path}", self._no_skill, methods=["GET"]),
+            Route(f"{control}/sessions", self._new_sessions, methods=["POST"]),
+            Route(f"{control}/sessions/{{session_id}}/messages", self._new_message, methods=["POST"]),
+            Route(f"{control}/work", self._new_work, methods=["POST"]),
+            Route(f"{control}/work/{{work_id}}/stop", self._control_stop, methods=["POST"]),
+            Route(f"{control}/work/{{work_id}}/take_lease", self._take_lease, methods=["POST"]),
+            Route(f"{control}/work/{{work_id}}/finish_foreign", self._finish_foreign, methods=["POST"]),
+            Route(f"{control}/clock", self._clock, methods=["POST"]),
+            Route(f"{control}/state", self._state, methods=["GET"]),
+            Route(f"{control}/secrets", self._secrets, methods=["GET"]),
+        ]
+
+    # The work endpoints
+
+    def _work(self, call: str, answer: Callable[[Request], Awaitable[dict[str, Any] | None]]) -> Handler:
+        """Wraps a work call: beta header, credential, and a line in the record of calls, refused ones too."""
+
+        async def handle(request: Request) -> Response:
+            work_id = request.path_params.get("work_id")
+            record = {"at": timestamp(self._now()), "call": call, "work_id": work_id, "credential": "none"}
+            record |= {"status": 500, "force": None}
+            self._calls.append(record)
+            try:
+                _check_beta(request)
+                caller = self._access.caller(_token(request))
+                record["credential"] = caller.credential
+                self._access.check_work(caller, call, request.path_params["environment_id"], work_id)
+                if call == "stop":
+                    record["force"] = _flag(await _json(request), "force")
+                reply = await answer(request)
+            except Refusal as refusal:
+                record["status"] = refusal.status
+                raise
+            record["status"] = 200
+            if call == "poll" and reply:
+                record["work_id"] = reply["id"]
+            return _reply(reply)
+
+        return handle
+
+    async def _poll(self, request: Request) -> dict[str, Any] | None:
+        block_ms = _integer(request, "block_ms", None, 1, MOST_BLOCK_MS)
+        reclaim = _integer(request, "reclaim_older_than_ms", DEFAULT_RECLAIM_MS, 0)
+        worker = request.headers.get("anthropic-worker-id")
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + (block_ms or 0) / 1000
+        while True:
+            woken = self._woken
+            item = self._queue.poll(DEFAULT_RECLAIM_MS if reclaim is None else reclaim, worker)
+            if item is not None:
+                return item.body(self._access.issue_secret(item.id))
+            left = deadline - loop.time()
+            if left <= 0 or self._closing:
+                return None
+            try:
+                await asyncio.wait_for(woken.wait(), left)
+            except TimeoutError:
+                continue  # one last look: a lease may have lapsed meanwhile
+
+    async def _ack(self, request: Request) -> dict[str, Any]:
+        return self._queue.ack(request.path_params["work_id"]).body()
+
+    async def _heartbeat(self, request: Request) -> dict[str, Any]:
+        ttl = _integer(request, "desired_ttl_seconds", None, 1)
+        expected = request.query_params.get("expected_last_heartbeat")
+        return self._queue.heartbeat(request.path_params["work_id"], expected, ttl)
+
+    async def _stop(self, request: Request) -> dict[str, Any]:
+        force = _flag(await _json(request), "force")
+        return self._queue.stop(request.path_params["work_id"], force=force).body()
+
+    async def _retrieve(self, request: Request) -> dict[str, Any]:
+        return self._queue.get(request.path_params["work_id"]).body()
+
+    async def _update(self, request: Request) -> dict[str, Any]:
+        patch = (await _json(request)).get("metadata")
+        return self._queue.update(request.path_params["work_id"], patch).body()
+
+    async def _list(self, request: Request) -> dict[str, Any]:
+        limit = _integer(request, "limit", DEFAULT_LIMIT)
+        return self._queue.list(DEFAULT_LIMIT if limit is None else limit, request.query_params.get("page"))
+
+    async def _stats(self, request: Request) -> dict[str, Any]:  # noqa: ARG002 - it has no parameters
+        return self._queue.stats()
+
+    # The session endpoints
+
+    def _reach_session(self, request: Request) -> tuple[Session, Caller]:
+        _check_beta(request)
+        caller = self._access.caller(_token(request))
+        session_id = request.path_params["session_id"]
+        self._access.check_session(caller, session_id)
+        return self._sessions.get(session_id), caller
+
+    async def _session(self, request: Request) -> Response:
+        session, _ = self._reach_session(request)
+        return _reply(session.body())
+
+    async def _events(self, request: Request) -> Response:
+        session, _ = self._reach_session(request)
+        limit = _integer(request, "limit", MOST_EVENTS, 1, MOST_EVENTS)
+        return _reply(session.page(limit or MOST_EVENTS, request.query_params.get("page")))
+
+    async def _post_events(self, request: Request) -> Response:
+        session, caller = self._reach_session(request)
+        events = (await _json(request)).get("events")
+        if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
+            raise Refusal(400, "events must be a list of events.")
+        for event in events:
+            self._access.check_event(caller, event)
+        kept: list[Event] = []
+        for event in events:
+            if event.get("type") == "user.message":
+                self._message(session, _text(event), None)
+                continue
+            kept.append(session.post(event))
+            if event.get("type") == "user.interrupt":  # W§3: a stuck session's work is queued again
+                self._queue_again(session)
+        return _reply({"data": kept})
+
+    async def _stream(self, request: Request) -> Response:
+        session, _ = self._reach_session(request)
+        queue = session.subscribe()
+
+        async def frames() -> AsyncIterator[str]:
+            try:
+                yield ": open\n\n"
+                while not self._closing:
+                    try:
+                        event = await asyncio.wait_for(queue.get(), _PING_SECONDS)
+                    except TimeoutError:
+                        yield "event: ping\ndata: {}\n\n"
+                        continue
+                    if event is None:
+                        return
+                    # Without an `event:` line the SDK drops a frame (W§11.3).
+                    yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+            finally:
+                session.unsubscribe(queue)
+
+        return StreamingResponse(frames(), media_type="text/event-stream", headers=_request_id())
+
+    async def _no_skill(self, request: Request) -> Response:
+        self._access.caller(_token(request))
+        raise Refusal(404, "The emulator has no skills.", type="not_found_error")
+
+    # The control routes
+
+    async def _new_sessions(self, request: Request) -> Response:
+        body = await _json(request)
+        script, count = read_script(body.get("script")), body.get("count", 1)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise Refusal(400, "count must be a positive integer.")
+        made = []
+        for _ in range(count):
+            session = self._sessions.create()
+            session.message(str(body.get("text", "Begin.")), script)
+            made.append({"session_id": session.id, "work_id": self._queue.enqueue(session.id).id})
+        self._wake()
+        return _reply({"id": made[0]["session_id"], "sessions": made})
+
+    async def _new_message(self, request: Request) -> Response:
+        body = await _json(request)
+        session = self._sessions.get(request.path_params["session_id"])
+        self._message(session, str(body.get("text", "Go on.")), body.get("script"))
+        return _reply({"session_id": session.id, "work_id": session.id})
+
+    async def _new_work(self, request: Request) -> Response:
+        kind = (await _json(request)).get("type", "healthcheck")
+        if not isinstance(kind, str) or kind == "session":
+            raise Refusal(400, "type must be a string, and not session: POST /_control/sessions makes those.")
+        item = self._queue.enqueue(_new_id("work"), kind)
+        self._wake()
+        return _reply({"work_id": item.id})
+
+    async def _control_stop(self, request: Request) -> Response:
+        force = _flag(await _json(request), "force")
+        return _reply(self._queue.stop(request.path_params["work_id"], force=force).body())
+
+    async def _take_lease(self, request: Request) -> Response:
+        return _reply(self._queue.take_lease(request.path_params["work_id"]).body())
+
+    async def _finish_foreign(self, request: Request) -> Response:
+        return _reply(self._queue.stop(request.path_params["work_id"], force=True).body())
+
+    async def _clock(self, request: Request) -> Response:
+        seconds = (await _json(request)).get("advance_seconds")
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or seconds < 0:
+            raise Refusal(400, "advance_seconds must be a number that is not negative.")
+        self._ahead += timedelta(seconds=seconds)
+        self._wake()
+        return _reply({"now": timestamp(self._now())})
+
+    async def _state(self, request: Request) -> Response:  # noqa: ARG002 - it has no parameters
+        sessions = [
+            {
+                "session_id": session.id,
+                "status": session.status,
+                "turns_finished": session.turns_finished,
+                "mismatches": session.mismatches,
+                "results": session.results,
+            }
+            for session in self._sessions.all()
+        ]
+        work = [{key: value for key, value in item.body().items() if key != "secret"} for item in self._queue.items()]
+        return _reply({"sessions": sessions, "work": work, "calls": self._calls})
+
+    async def _secrets(self, request: Request) -> Response:  # noqa: ARG002 - it has no parameters
+        return _reply({"secrets": self._access.issued})
+
+    # What several of them share
+
+    def _now(self) -> datetime:
+        return datetime.now(UTC) + self._ahead
+
+    def _message(self, session: Session, text: str, script: Any) -> None:
+        session.message(text, read_script(script))
+        self._queue_again(session)
+
+    def _queue_again(self, session: Session) -> None:
+        if self._queue.message_arrived(session.id):
+            self._wake()
+
+    def _wake(self) -> None:
+        # Each waiter holds the event of its own look, so none misses a wake between look and wait.
+        self._woken.set()
+        self._woken = asyncio.Event()
+
+
+class Server(uvicorn.Server):
+    """uvicorn that lets go of open streams when it is told to end, instead of waiting for their clients."""
+
+    def __init__(self, emulator: Emulator, host: str, port: int) -> None:
+        config = uvicorn.Config(
+            emulator.app,
+            host=host,
+            port=port,
+            log_level="error",
+            access_log=False,
+            timeout_graceful_shutdown=2,
+        )
+        super().__init__(config)
+        self._emulator = emulator
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        """None: uvicorn's own way ends the process by the signal instead of an exit; see `__main__`."""
+        return contextlib.nullcontext()
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Called by uvicorn once it is to end."""
+        self._emulator.close()
+        await super().shutdown(sockets)
+
+    @property
+    def url(self) -> str:
+        """Where a started server listens."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://{host}:{port}"
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}_{uuid.uuid4().hex}"
+
+
+def _request_id() -> dict[str, str]:
+    return {"request-id": _new_id("req")}
+
+
+def _reply(body: Any) -> Response:
+    return JSONResponse(body, headers=_request_id())
+
+
+def _envelope(refusal: Refusal) -> Response:
+    headers = _request_id()
+    error: dict[str, Any] = {"type": refusal.type, "message": refusal.message}
+    if refusal.details is not None:
+        error["details"] = refusal.details
+    body = {"type": "error", "error": error, "request_id": headers["request-id"]}
+    return JSONResponse(body, refusal.status, headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
+    assert isinstance(error, Refusal)  # noqa: S101 - registered for it alone
+    return _envelope(error)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
+    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+    return _envelope(Refusal(error.status_code, str(error.detail), type=kind))
+
+
+async def _failed(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
+    return _envelope(Refusal(500, "Internal server error", type="api_error"))
+
+
+def _check_beta(request: Request) -> None:
+    values = ",".join(request.headers.getlist("anthropic-beta"))
+    if BETA not in {value.strip() for value in values.split(",")}:
+        raise Refusal(404, "Not found", type="not_found_error")  # W§8: beta routes look absent without it
+
+
+def _token(request: Request) -> str | None:
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key")
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    """The body's object; zero bytes are an empty one, whatever their content type says (W§1)."""
+    raw = await request.body()
+    if not raw:
+        return {}
+    try:
+        body = json.loads(raw)
+    except ValueError:
+        raise Refusal(400, "The request body is not valid JSON.") from None
+    if not isinstance(body, dict):
+        raise Refusal(400, "The request body must be a JSON object.")
+    return body
+
+
+def _integer(
+    request: Request, name: str, default: int | None, least: int | None = None, most: int | None = None
+) -> int | None:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        raise Refusal(400, f"{name} must be an integer.") from None
+    if (least is not None and value < least) or (most is not None and value > most):
+        raise Refusal(400, f"{name} is out of range.")
+    return value
+
+
+def _flag(body: dict[str, Any], name: str) -> bool:
+    value = body.get(name, False)
+    if not isinstance(value, bool):
+        raise Refusal(400, f"{name} must be a boolean.")
+    return value
+
+
+def _text(event: Event) -> str:
+    content = event.get("content")
+    if isinstance(content, str):
+        return content
+    blocks = content if isinstance(content, list) else []
+    return "\n".join(str(block.get("text", "")) for block in blocks if isinstance(block, dict))

@@ -1,0 +1,260 @@
+"""Claims work without stranding it: poll, put, ack, claim, hold, send (DESIGN §5). The rules are lifecycle's."""
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from shared import lifecycle
+from shared.config import SHARD, Config
+from shared.environment_key import EnvironmentKey
+from shared.lifecycle import Offer, Verdict
+from shared.log import log
+from shared.loop import LeaseLoop
+from shared.record import Lease, Outcome, Phase, Record
+from shared.store import Conflict, Store, change
+from shared.work_api import (
+    NO_HEARTBEAT,
+    Gone,
+    LeaseLost,
+    NotAllowed,
+    NotQueued,
+    TryAgain,
+    Work,
+    WorkApi,
+    WorkApiError,
+)
+
+if TYPE_CHECKING:
+    from types_boto3_sqs import SQSClient
+
+LONGEST_BLOCK_MS = 999
+AT_ONCE = 8
+_CLAIM_TRIES = 3
+_RESEND_AFTER_MS = 120_000
+
+
+class LaunchQueue:
+    """The SQS queue between claim and launch; a duplicate message is harmless, the launcher's condition drops it."""
+
+    def __init__(self, client: "SQSClient", url: str) -> None:
+        self._client, self._url = client, url
+
+    def send(self, record: Record) -> None:
+        body = {"work_id": record.work_id, "turn": record.turn, "attempt": record.attempt}
+        self._client.send_message(QueueUrl=self._url, MessageBody=json.dumps(body))
+
+
+@dataclass
+class Claimer:
+    """One poller run's parts."""
+
+    config: Config
+    api: WorkApi
+    key: EnvironmentKey
+    store: Store
+    queue: LaunchQueue
+    loop: LeaseLoop
+    now: Callable[[], int]  # epoch milliseconds
+    sleep: Callable[[float], None] = time.sleep
+
+    def run(self, owner: str, until: int) -> int:
+        """Repair, then poll for `PollWindowSeconds` (0: until the queue is empty); returns how many are now held.
+
+        `until` is the function's own deadline: the claim locks end with it, and polling stops early enough before.
+        """
+        self.key()  # an absent key is reported before anything is done
+        entries = self.store.live(SHARD)
+        if entries:
+            self.loop.ensure(SHARD)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            stuck = [e.work_id for e in entries if e.phase in (Phase.RECEIVED, Phase.HELD)]
+            repaired = sum(pool.map(lambda work_id: self._safely(self.repair, work_id, owner, until), stuck))
+            slots = _Slots(max(0, self.config.max_sessions - len(entries)))
+            end = self.now() + self.config.poll_window_seconds * 1000
+            return repaired + self._poll_until(pool, slots, owner, min(end, until - 30_000), until)
+
+    def _poll_until(self, pool: ThreadPoolExecutor, slots: "_Slots", owner: str, end: int, until: int) -> int:
+        """One long poll at a time while idle; many at once from the first item to the first empty answer."""
+        claimed = 0
+        at_once = 1
+        block_ms = LONGEST_BLOCK_MS if self.config.poll_window_seconds else None
+        while True:
+            wanted = slots.take(at_once)
+            if not wanted:
+                log.info("all slots are taken; work waits in the server's queue", max=self.config.max_sessions)
+                return claimed
+            tries = [pool.submit(self._poll_once, block_ms, owner, until) for _ in range(wanted)]
+            wait(tries)
+            found = [one.result() for one in tries]
+            slots.give_back(found.count(None) + found.count(False))
+            claimed += found.count(True)
+            idle = None in found
+            if idle and not self.config.poll_window_seconds:
+                return claimed
+            if self.now() >= end and (idle or self.config.poll_window_seconds or self.now() >= until - 30_000):
+                return claimed
+            at_once = 1 if idle else AT_ONCE
+
+    def _poll_once(self, block_ms: int | None, owner: str, until: int) -> bool | None:
+        """None: the queue is empty (or the API busy); else whether the item is now held."""
+        try:
+            work = self.api.poll(block_ms=block_ms)
+        except NotAllowed:
+            self.key.forget()
+            raise
+        except TryAgain as error:
+            log.warning("poll failed; the next run tries again", error=error.message)
+            self.sleep(min(error.wait_seconds or 1.0, 5.0))
+            return None
+        if work is None:
+            return None
+        return self._safely(self._take, work, owner, until)
+
+    def _safely(self, step: Callable[..., bool], *arguments: object) -> bool:
+        """One item's fault holds up no other; what it left is repaired by the next run."""
+        try:
+            return step(*arguments)
+        except Conflict as conflict:
+            log.info("left to the actor that got there first", detail=str(conflict))
+        except WorkApiError as error:
+            log.error("claiming an item failed; the next run repairs it", error=error.message)
+        except Exception:  # noqa: BLE001  one fault holds up no other; unknown errors retry (FIELD_NOTES 5)
+            log.exception("claiming an item failed; the next run repairs it")
+        return False
+
+    def _take(self, work: Work, owner: str, until: int) -> bool:
+        record = self.store.get(work.id)
+        match lifecycle.judge_offer(record, work, self.now()):
+            case Offer.REFUSE:
+                log.error("item left unacked: no usable secret or id", work_id=work.id, type=work.data.type)
+                return False
+            case Offer.LEAVE:
+                return False
+            case Offer.MARK:
+                change(
+                    self.store,
+                    work.id,
+                    lambda r: (
+                        None
+                        if r.lease_gone
+                        else r.noted(self.now(), "offered again: the lease is gone", lease_gone=True, post_stop=False)
+                    ),
+                )
+                return False
+            case Offer.CLAIM:
+                fresh = lifecycle.open_turn(record, work, now=self.now(), owner=owner, until=until, shard=SHARD)
+                saved = self.store.save(fresh)
+                self.loop.ensure(SHARD)
+                return self.claim(saved, repair=record is not None and record.is_live)
+        return False
+
+    def repair(self, work_id: str, owner: str, until: int) -> bool:
+        """Go on with what a crash left in `received` or `held`."""
+        now = self.now()
+        record = self.store.get(work_id)
+        if record is None:
+            return False
+        if record.phase is Phase.HELD and now - record.timeline[-1].at > _RESEND_AFTER_MS:
+            self.queue.send(record)
+            return True
+        if record.phase is not Phase.RECEIVED or record.claim_until > now:
+            return False
+        locked = self.store.save(record.noted(now, "repairing", claim_owner=owner, claim_until=until))
+        return self.claim(locked, repair=True)
+
+    def claim(self, record: Record, *, repair: bool) -> bool:
+        """Ack, claim, hold and send an item whose claim lock is ours."""
+        if record.acknowledged_at is None:
+            try:
+                acked = self.api.ack(record.work_id)
+                record = self.store.save(record.noted(self.now(), "acked", acknowledged_at=acked.acknowledged_at))
+            except NotQueued:
+                if not repair and record.kind == "session":
+                    return self._close(record, Outcome.NOT_OURS)
+            except Gone:
+                return self._close(record, Outcome.LOST)
+            except TryAgain as error:
+                if not error.maybe_done:
+                    return False  # still queued: it is offered again
+        if record.kind != "session":
+            self.api.stop(record.work_id, force=True)
+            log.info("item that needs no sandbox acked and stopped", work_id=record.work_id, type=record.kind)
+            return self._close(record, Outcome.NO_SANDBOX)
+        return self._claim_lease(record)
+
+    def _claim_lease(self, record: Record) -> bool:
+        ttl = self.config.lease_ttl_seconds
+        for attempt in range(_CLAIM_TRIES):
+            sent_at = self.now()
+            try:
+                beat = self.api.heartbeat(record.work_id, NO_HEARTBEAT, desired_ttl_seconds=ttl)
+            except LeaseLost as lost:
+                state = lost.current_state
+                match lifecycle.judge_claim_refusal(record, state, ttl):
+                    case Verdict.OURS if state and state.last_heartbeat:
+                        lease = Lease(
+                            work_id=record.work_id,
+                            turn=record.turn,
+                            value=state.last_heartbeat,
+                            ttl_seconds=state.ttl_seconds or ttl,
+                            accepted_sent_at=sent_at,
+                            due_at=sent_at,
+                        )
+                        return self._hold(record, lease)
+                    case Verdict.LOST:
+                        return self._close(record, Outcome.NOT_OURS)
+                    case Verdict.OVER:
+                        return self._close(record, Outcome.STOPPED)
+            except Gone:
+                return self._close(record, Outcome.LOST)
+            except TryAgain as error:
+                log.warning("claim not answered; trying again", work_id=record.work_id, error=error.message)
+                self.sleep(min(error.wait_seconds or 2.0**attempt / 2, 5.0))
+            else:
+                if beat.state == "active" and beat.lease_extended:
+                    return self._hold(record, lifecycle.first_lease(record, beat, sent_at))
+                if beat.state == "stopping" and record.acknowledged_at:
+                    self.api.stop(record.work_id, force=True)  # stopped before anyone claimed it (W§7.1)
+                return self._close(record, Outcome.STOPPED)
+        return False
+
+    def _hold(self, record: Record, lease: Lease) -> bool:
+        try:
+            self.store.save_lease(lease, None)
+        except Conflict:
+            stored = self.store.get_leases([record.work_id]).get(record.work_id)
+            if stored is None or stored.turn != record.turn:
+                raise
+            self.store.save_lease(lease, stored)
+        held = self.store.save(lifecycle.held(record, self.now()))
+        self.queue.send(held)
+        log.info("held", work_id=held.work_id, turn=held.turn, session_id=held.session_id)
+        return True
+
+    def _close(self, record: Record, outcome: Outcome) -> bool:
+        self.store.save(
+            lifecycle.closed(record, self.now(), retention_seconds=self.config.retention_seconds, outcome=outcome)
+        )
+        log.info("turn closed without a sandbox", work_id=record.work_id, turn=record.turn, outcome=outcome)
+        return False
+
+
+class _Slots:
+    """How many more sessions this run may take on; looked up before polling, so that no claimed item waits."""
+
+    def __init__(self, free: int) -> None:
+        self._free, self._lock = free, Lock()
+
+    def take(self, wanted: int) -> int:
+        with self._lock:
+            taken = min(wanted, self._free)
+            self._free -= taken
+            return taken
+
+    def give_back(self, unused: int) -> None:
+        with self._lock:
+            self._free += unused

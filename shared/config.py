@@ -1,0 +1,57 @@
+"""What a function is told by its environment, read once (template.yaml sets it). No defaults for what must be given."""
+
+import os
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+SHARD = "0"
+
+
+class Missing(Exception):
+    """Configuration is missing or wrong; the message names the variables and what sets them."""
+
+
+class Config(BaseModel):
+    """Every setting, named as its variable without `FLEET_`; a function's own are set, others keep their default."""
+
+    model_config = ConfigDict(frozen=True)
+    table: str
+    environment_id: str = ""
+    base_url: str = "https://api.anthropic.com"
+    key_secret_arn: str = ""
+    queue_url: str = ""
+    state_machine_arn: str = ""
+    cluster_arn: str = ""
+    task_definition_arn: str = ""
+    subnets: str = ""
+    security_groups: str = ""
+    assign_public_ip: str = "ENABLED"
+    stopper_function: str = ""
+    max_sessions: int = 20
+    poll_window_seconds: int = 0
+    lease_ttl_seconds: int = 300
+    max_attempts: int = 3
+    start_timeout_seconds: int = 600
+    session_timeout_seconds: int = 14_400
+    stop_timeout_seconds: int = 120
+    retention_days: int = 30
+
+    @property
+    def retention_seconds(self) -> int:
+        return self.retention_days * 86_400
+
+
+def from_env(*needed: str, environ: Mapping[str, str] = os.environ) -> Config:
+    """The configuration; raises Missing if one of `needed` (field names) or the table is empty or wrong."""
+    given = {
+        name: environ[f"FLEET_{name.upper()}"] for name in Config.model_fields if environ.get(f"FLEET_{name.upper()}")
+    }
+    absent = [f"FLEET_{name.upper()}" for name in ("table", *needed) if name not in given]
+    if absent:
+        raise Missing(f"{', '.join(absent)} not set: template.yaml sets it, so deploy the stack again")
+    try:
+        return Config.model_validate(given)
+    except ValidationError as error:
+        wrong = ", ".join(f"FLEET_{str(part['loc'][0]).upper()} ({part['msg']})" for part in error.errors())
+        raise Missing(f"wrong value in {wrong}: correct the stack's parameters") from None

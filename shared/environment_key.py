@@ -1,0 +1,45 @@
+"""The environment key, read from Secrets Manager with a short cache, so that a rotated key needs no deploy."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from botocore.exceptions import ClientError
+from pydantic import SecretStr
+
+from shared.config import Missing
+
+if TYPE_CHECKING:
+    from types_boto3_secretsmanager import SecretsManagerClient
+
+_CACHE_SECONDS = 60.0
+
+
+class EnvironmentKey:
+    """Call it for the key. Raises Missing while the secret is empty."""
+
+    def __init__(self, client: "SecretsManagerClient", arn: str, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._client, self._arn, self._now = client, arn, now
+        self._key: SecretStr | None = None
+        self._read_at = 0.0
+
+    def __call__(self) -> SecretStr:
+        if self._key is None or self._now() - self._read_at > _CACHE_SECONDS:
+            self._key, self._read_at = self._read(), self._now()
+        return self._key
+
+    def forget(self) -> None:
+        """Read the secret anew at the next call: the server refused what we hold."""
+        self._key = None
+
+    def _read(self) -> SecretStr:
+        advice = f"put the environment key into the secret {self._arn}; until then nothing is polled"
+        try:
+            text = self._client.get_secret_value(SecretId=self._arn).get("SecretString", "").strip()
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "ResourceNotFoundException":
+                raise
+            raise Missing(f"the environment key's secret has no value: {advice}") from None
+        if not text or not text.startswith("sk-"):
+            raise Missing(f"the environment key's secret holds no key: {advice}")
+        return SecretStr(text)

@@ -1,0 +1,171 @@
+"""One round of the lease loop: beats all that is due, and says what the loop does next (DESIGN §7)."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from pydantic import BaseModel, ConfigDict
+
+from shared import lifecycle
+from shared.config import Config
+from shared.environment_key import EnvironmentKey
+from shared.lifecycle import BeatResult
+from shared.log import log
+from shared.record import Lease, LiveEntry, Phase, Record
+from shared.store import Conflict, Store, change
+from shared.work_api import Gone, LeaseLost, NotAllowed, TryAgain, WorkApi, WorkApiError
+
+BEATS_AT_ONCE = 32
+_DUE_SLACK_MS = 500
+_IDLE_WAIT_MS = 10_000
+_STOP_WAIT_MS = 3_000
+_CLAIMED = (Phase.HELD, Phase.LAUNCHING, Phase.RUNNING, Phase.STOPPING)
+_WISH_OF_OVER = {
+    "stopped": lifecycle.ALREADY_STOPPED,
+    "lost": lifecycle.LEASE_LOST,
+    "gone": lifecycle.ITEM_GONE,
+}
+
+
+class RoundState(BaseModel):
+    """What the loop carries from round to round (lease_loop.asl.yaml)."""
+
+    model_config = ConfigDict(frozen=True)
+    shard: str
+    generation: int
+    round: int
+    empty_rounds: int
+
+
+class RoundReply(RoundState):
+    """`wait_until` is RFC 3339: the earliest beat due, so that a long round does not stretch the period."""
+
+    live: int
+    to_stop: int
+    wait_until: str
+
+
+@dataclass
+class Keeper:
+    config: Config
+    api: WorkApi
+    key: EnvironmentKey
+    store: Store
+    now: Callable[[], int]
+
+    def round(self, state: RoundState) -> RoundReply:
+        """Beat what is due; one slow or failing item holds up no other."""
+        entries = self.store.live(state.shard)
+        claimed = [entry for entry in entries if entry.phase in _CLAIMED]
+        leases = self.store.get_leases(entry.work_id for entry in claimed)
+        kept = self._beat_due(claimed, leases)
+        to_stop = sum(self._needs_stopper(entry) for entry in entries) + kept.wishes
+        now = self.now()
+        wait_until = min([now + (_STOP_WAIT_MS if to_stop else _IDLE_WAIT_MS), *kept.due])
+        return RoundReply(
+            shard=state.shard,
+            generation=state.generation,
+            round=state.round + 1,
+            empty_rounds=0 if entries else state.empty_rounds + 1,
+            live=len(entries),
+            to_stop=to_stop,
+            wait_until=_rfc3339(max(wait_until, now + 1_000)),
+        )
+
+    def _beat_due(self, entries: list[LiveEntry], leases: dict[str, Lease]) -> "_Kept":
+        now = self.now()
+        mine = [
+            (entry, lease) for entry in entries if (lease := leases.get(entry.work_id)) and lease.turn == entry.turn
+        ]
+        due = [pair for pair in mine if not pair[1].over and pair[1].due_at <= now + _DUE_SLACK_MS]
+        with ThreadPoolExecutor(BEATS_AT_ONCE) as pool:
+            answers = list(pool.map(lambda pair: self.beat(pair[1]), due))
+        gone = sum(answer is None for answer in answers)
+        doubted = gone > 3 and gone * 2 > len(due)
+        if doubted:
+            log.error("most work items answer 404: check base URL and environment id", gone=gone, beaten=len(due))
+        result = _Kept([lease.due_at for _, lease in mine if not lease.over and (_, lease) not in due], 0)
+        for (_, lease), answered in zip(due, answers, strict=True):
+            after_404 = lifecycle.after_no_answer(lease, now, None) if doubted else lifecycle.item_gone(lease)
+            answer = answered or after_404
+            result.wishes += self._apply(lease, answer)
+            if not answer.lease.over:
+                result.due.append(answer.lease.due_at)
+        for entry, lease in mine:
+            if lease.over and entry.phase is not Phase.STOPPING:  # a crash came between lease and record
+                result.wishes += self._wish(lease, BeatResult(lease, _WISH_OF_OVER[lease.over]))
+        return result
+
+    def beat(self, lease: Lease) -> BeatResult | None:
+        """One echo; None for a 404, which is judged over the whole round."""
+        sent_at = self.now()
+        if sent_at >= lease.deadline(lifecycle.LEASE_MARGIN_MS):
+            return lifecycle.lease_lost(lease)
+        try:
+            beat = self.api.heartbeat(lease.work_id, lease.value, desired_ttl_seconds=self.config.lease_ttl_seconds)
+        except LeaseLost as lost:
+            log.info("echo refused", work_id=lease.work_id, state=str(lost.current_state))
+            return lifecycle.after_refused_echo(lease, lost.current_state, sent_at)
+        except Gone:
+            return None
+        except NotAllowed as error:
+            self.key.forget()
+            log.error("beat not allowed", work_id=lease.work_id, error=error.message)
+            return lifecycle.after_no_answer(lease, self.now(), None)
+        except TryAgain as error:
+            log.warning("beat not answered", work_id=lease.work_id, error=error.message)
+            return lifecycle.after_no_answer(lease, self.now(), error.wait_seconds)
+        except WorkApiError as error:
+            log.error("beat refused; kept until the lease deadline", work_id=lease.work_id, error=error.message)
+            return lifecycle.after_no_answer(lease, self.now(), None)
+        return lifecycle.after_beat(lease, beat, sent_at)
+
+    def _apply(self, lease: Lease, result: BeatResult) -> int:
+        """The lease first, on its own condition; whoever changed it meanwhile knows more than this reply."""
+        try:
+            self.store.save_lease(result.lease, lease)
+        except Conflict:
+            log.info("a beat's reply dropped: the lease has changed", work_id=lease.work_id)
+            return 0
+        return self._wish(lease, result)
+
+    def _wish(self, lease: Lease, result: BeatResult) -> int:
+        wish, now = result.wish, self.now()
+        if wish is None:
+            return 0
+        changed = change(
+            self.store,
+            lease.work_id,
+            lambda r: _changed(r, lifecycle.want_stop(r, wish, now)) if r.is_live and r.turn == lease.turn else None,
+        )
+        if changed is None:
+            return 0
+        log.info("stop wanted", work_id=lease.work_id, turn=lease.turn, reason=wish.reason)
+        return 1
+
+    def _needs_stopper(self, entry: LiveEntry) -> bool:
+        """The turn's number is its start in epoch ms, so deadlines need no read of the record here."""
+        age = self.now() - entry.turn
+        match entry.phase:
+            case Phase.STOPPING:
+                return True
+            case Phase.LAUNCHING:
+                return age >= self.config.start_timeout_seconds * 1000
+            case Phase.RUNNING:
+                return age >= self.config.session_timeout_seconds * 1000
+        return False
+
+
+@dataclass
+class _Kept:
+    due: list[int]
+    wishes: int
+
+
+def _changed(before: Record, after: Record) -> Record | None:
+    return None if after is before else after
+
+
+def _rfc3339(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,99 @@
+"""Starts one sandbox for a held turn (DESIGN §6). Idempotent by the record's phase and RunTask's token."""
+
+import hashlib
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from shared import lifecycle
+from shared.config import Config
+from shared.diagnose import LaunchProblem
+from shared.lifecycle import StopWish
+from shared.log import log
+from shared.record import Outcome, Phase, Record
+from shared.sandboxes import LaunchFailed, Sandboxes
+from shared.store import Store, change
+
+
+class LaunchMessage(BaseModel):
+    """What a message of the launch queue says; all else about the turn is in its record."""
+
+    model_config = ConfigDict(frozen=True)
+    work_id: str
+    turn: int
+    attempt: int
+
+
+class PutOff(Exception):
+    """ECS cannot start it now: the message must come back."""
+
+
+@dataclass
+class Launcher:
+    config: Config
+    store: Store
+    sandboxes: Sandboxes
+    now: Callable[[], int]
+    new_ticket: Callable[[], str] = lambda: secrets.token_urlsafe(32)
+
+    def launch(self, message: LaunchMessage) -> None:
+        """Launch, or drop a message whose moment is over. Raises PutOff; other errors are retried as well."""
+        ticket = self.new_ticket()
+        now = self.now()
+        record = change(
+            self.store,
+            message.work_id,
+            lambda r: lifecycle.begin_launch(
+                r,
+                message.turn,
+                message.attempt,
+                ticket_hash=hash_secret(ticket),
+                now=now,
+                until=now + self.config.start_timeout_seconds * 1000,
+            ),
+        )
+        if record is None:
+            log.info("launch message dropped: not due", **message.model_dump())
+            return
+        try:
+            arn = self.sandboxes.run(record, ticket)
+        except LaunchFailed as failure:
+            if failure.problem is not LaunchProblem.PERMANENT:
+                raise PutOff(f"{message.work_id}: {failure}") from None
+            self._give_up(message, str(failure))
+            return
+        self._store_arn(message, arn)
+
+    def _give_up(self, message: LaunchMessage, why: str) -> None:
+        """A retry may follow a task that did start: death is proved by the stopper, from now on."""
+        now = self.now()
+        wish = StopWish(f"the sandbox cannot be launched: {why}", Outcome.LAUNCH_FAILED, post=True)
+
+        def stop(record: Record) -> Record | None:
+            if not lifecycle.is_current(record, message.turn, message.attempt):
+                return None
+            return lifecycle.want_stop(record, wish, now).model_copy(update={"launch_until": now})
+
+        change(self.store, message.work_id, stop)
+        log.error("launch failed for good", **message.model_dump(), error=why)
+
+    def _store_arn(self, message: LaunchMessage, arn: str) -> None:
+        def fill_in(record: Record) -> Record | None:
+            if not lifecycle.is_current(record, message.turn, message.attempt) or record.task_arn:
+                return None
+            return record.noted(self.now(), "task started", task_arn=arn)
+
+        stored = change(self.store, message.work_id, fill_in) or self.store.get(message.work_id)
+        current = stored and lifecycle.is_current(stored, message.turn, message.attempt)
+        if not stored or not current or stored.task_arn != arn or stored.phase is Phase.STOPPING:
+            self.sandboxes.stop(arn, "the turn was over before its sandbox had started")
+            log.info("stopped our own task: the turn was over", **message.model_dump(), task=arn)
+            return
+        log.info("launched", **message.model_dump(), task=arn)
+
+
+def hash_secret(secret: str) -> str:
+    """What is stored of a ticket, nonce or callback secret: 256 random bits need no salt."""
+    return hashlib.sha256(secret.encode()).hexdigest()

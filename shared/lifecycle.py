@@ -1,0 +1,395 @@
+"""Every rule of the control plane: what follows from a record, a reply and the clock. Pure; no I/O, no clock reads.
+
+Others carry out what is decided here (DESIGN §3). All times are epoch milliseconds.
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from shared.diagnose import Diagnosis, Kind
+from shared.record import HISTORY_TURNS, Lease, Outcome, PastTurn, Phase, Record
+from shared.work_api import CurrentState, Heartbeat, Work
+
+LEASE_MARGIN_MS = 5_000
+LONGEST_INTERVAL_MS = 30_000
+CLAIM_WINDOW_SECONDS = 30  # how long after our ack a claim can still be our own (DESIGN §5, rule 4)
+OWN_EXIT_GRACE_MS = 5_000
+ROUND_MS = 30_000
+_NO_TURNS: tuple[PastTurn, ...] = ()
+_SAFE_ID = re.compile(r"[A-Za-z0-9_-]{1,90}")
+
+# Exit codes of the runner (sandbox/runner.py) that need no diagnosis
+FINISHED, UNSERVED = 0, 11
+HOPELESS_EXITS = {
+    12: "the control plane refused its ticket",
+    14: "the API refused the session's credential",
+    15: "the session is gone",
+    16: "its configuration is wrong; check the stack's parameters",
+}
+
+
+# --- claiming (DESIGN §5) -------------------------------------------------------------------------------------
+
+
+class Offer(StrEnum):
+    """What to do with an item that a poll returned."""
+
+    CLAIM = "claim"
+    LEAVE = "leave"  # unacked: the server offers it again
+    MARK = "mark"  # leave it, but its present turn has lost the lease
+    REFUSE = "refuse"  # cannot be served at all: left unacked and reported
+
+
+def judge_offer(record: Record | None, work: Work, now: int) -> Offer:
+    """An offer proves that the item is queued: a turn past `received` has lost its lease (DESIGN §7)."""
+    if not _SAFE_ID.fullmatch(work.id) or (work.data.type == "session" and not _usable_secret(work)):
+        return Offer.REFUSE
+    if record is None or not record.is_live:
+        return Offer.CLAIM
+    if record.phase is Phase.RECEIVED:
+        return Offer.CLAIM if record.claim_until <= now else Offer.LEAVE
+    return Offer.LEAVE if record.lease_gone else Offer.MARK
+
+
+def _usable_secret(work: Work) -> bool:
+    return bool(work.secret and work.secret.get_secret_value() and work.data.id)
+
+
+def open_turn(previous: Record | None, work: Work, *, now: int, owner: str, until: int, shard: str) -> Record:
+    """The record of a polled item, locked for `owner`; a `received` turn goes on, an ended one is succeeded."""
+    turn, history = now, _NO_TURNS
+    if previous is not None:
+        if previous.is_live:
+            turn, history = previous.turn, previous.history
+        else:
+            turn = max(previous.turn + 1, now)
+            history = (*previous.history, past_turn(previous))[-HISTORY_TURNS:]
+    return Record(
+        work_id=work.id,
+        environment_id=work.environment_id,
+        kind=work.data.type,
+        session_id=work.data.id,
+        turn=turn,
+        phase=Phase.RECEIVED,
+        revision=previous.revision if previous else 0,
+        secret=work.secret,
+        claim_owner=owner,
+        claim_until=until,
+        shard=shard,
+        history=history,
+        timeline=previous.timeline if previous and previous.is_live else (),
+    ).noted(now, "received")
+
+
+def past_turn(record: Record) -> PastTurn:
+    return PastTurn(**record.model_dump(include=set(PastTurn.model_fields)))
+
+
+def held(record: Record, now: int) -> Record:
+    return record.noted(now, "held", phase=Phase.HELD, claim_owner="", claim_until=0)
+
+
+def first_lease(record: Record, beat: Heartbeat, sent_at: int) -> Lease:
+    return Lease(
+        work_id=record.work_id,
+        turn=record.turn,
+        value=beat.last_heartbeat,
+        ttl_seconds=beat.ttl_seconds,
+        accepted_sent_at=sent_at,
+        due_at=sent_at + interval_ms(beat.ttl_seconds),
+    )
+
+
+# --- the lease (DESIGN §5 and §7) -----------------------------------------------------------------------------
+
+
+def interval_ms(ttl_seconds: int) -> int:
+    """Milliseconds between beats: a third of the ttl, at most 30 s."""
+    return max(1_000, min(LONGEST_INTERVAL_MS, ttl_seconds * 1000 // 3))
+
+
+class Verdict(StrEnum):
+    """Whose lease a 412 speaks of."""
+
+    OURS = "ours"
+    LOST = "lost"
+    UNKNOWN = "unknown"
+    OVER = "over"  # the item is stopped
+
+
+def judge_echo_refusal(lease: Lease, state: CurrentState | None) -> Verdict:
+    """The 412 rule for an echo: ours only by continuity on the server's clock from the stored value."""
+    return _judge_refusal(lease.value, lease.ttl_seconds, state, unclaimed=Verdict.LOST)
+
+
+def judge_claim_refusal(record: Record, state: CurrentState | None, desired_ttl_seconds: int) -> Verdict:
+    """The 412 rule for a claim. Without our own ack's 200 it is never ours (DESIGN §5, rule 5)."""
+    if record.acknowledged_at is None:
+        return Verdict.OVER if state and state.state == "stopped" else Verdict.LOST
+    window = min(desired_ttl_seconds, CLAIM_WINDOW_SECONDS)
+    return _judge_refusal(record.acknowledged_at, window, state, unclaimed=Verdict.UNKNOWN)
+
+
+def _judge_refusal(base: str, window_seconds: int, state: CurrentState | None, *, unclaimed: Verdict) -> Verdict:
+    if state is None:
+        return Verdict.UNKNOWN
+    if state.state == "stopped":
+        return Verdict.OVER
+    if state.state == "queued":
+        return Verdict.LOST
+    if state.state == "starting":
+        return unclaimed
+    if state.state not in ("active", "stopping"):
+        return Verdict.UNKNOWN
+    b, w = server_time(base), server_time(state.last_heartbeat)
+    if b is None or w is None or not b < w < b + window_seconds:
+        return Verdict.LOST
+    renewed = server_time(state.lease_updated_at)
+    return Verdict.LOST if renewed is not None and b < renewed < w else Verdict.OURS
+
+
+def server_time(text: str | None) -> float | None:
+    """Epoch seconds of an API timestamp, its fraction optional (W§2); None if it cannot be read."""
+    if not text:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment.timestamp() if moment.tzinfo else None
+
+
+@dataclass(frozen=True)
+class StopWish:
+    """Why the sandbox must die, how the turn then ends, and whether the item needs our forced stop."""
+
+    reason: str
+    outcome: Outcome
+    post: bool
+    grace_ms: int = 0
+
+
+@dataclass(frozen=True)
+class BeatResult:
+    lease: Lease
+    wish: StopWish | None = None
+
+
+STOP_REQUESTED = StopWish("a stop was requested", Outcome.STOPPED, post=True)
+ALREADY_STOPPED = StopWish("the item is stopped", Outcome.STOPPED, post=False, grace_ms=OWN_EXIT_GRACE_MS)
+LEASE_LOST = StopWish("the lease is lost", Outcome.LOST, post=False)
+ITEM_GONE = StopWish("the work item is gone", Outcome.LOST, post=False)
+
+
+def after_beat(lease: Lease, beat: Heartbeat, sent_at: int) -> BeatResult:
+    """What a 200 means; branches on `state` first (DESIGN §7)."""
+    if beat.state == "stopped":
+        return BeatResult(lease.model_copy(update={"over": "stopped"}), ALREADY_STOPPED)
+    kept = lease.model_copy(
+        update={
+            "value": beat.last_heartbeat or lease.value,
+            "ttl_seconds": beat.ttl_seconds if beat.lease_extended else lease.ttl_seconds,
+            "accepted_sent_at": sent_at,
+            "due_at": sent_at + interval_ms(lease.ttl_seconds),
+        }
+    )
+    if beat.state == "stopping" or (beat.state == "active" and not beat.lease_extended):
+        return BeatResult(kept, STOP_REQUESTED)
+    if beat.state == "queued":
+        return lease_lost(lease)
+    if not beat.lease_extended:  # a state that we do not know: kept, and tried again within the ttl
+        return after_no_answer(lease, sent_at, None)
+    return BeatResult(kept)
+
+
+def after_refused_echo(lease: Lease, state: CurrentState | None, sent_at: int) -> BeatResult:
+    """What a 412 to an echo means."""
+    match judge_echo_refusal(lease, state):
+        case Verdict.OURS:
+            value = state.last_heartbeat if state else None
+            return BeatResult(lease.model_copy(update={"value": value or lease.value, "due_at": sent_at}))
+        case Verdict.OVER:
+            return BeatResult(lease.model_copy(update={"over": "stopped"}), ALREADY_STOPPED)
+        case Verdict.LOST:
+            return lease_lost(lease)
+        case Verdict.UNKNOWN:
+            return after_no_answer(lease, sent_at, None)
+
+
+def after_no_answer(lease: Lease, now: int, wait_seconds: float | None) -> BeatResult:
+    """429, 5xx, no reply, 401, 403: try again within the ttl; past the lease deadline the lease is lost."""
+    if now >= lease.deadline(LEASE_MARGIN_MS):
+        return lease_lost(lease)
+    wait = max(1_000, int((wait_seconds or 2.0) * 1000))
+    due = min(now + wait, lease.deadline(LEASE_MARGIN_MS))
+    return BeatResult(lease.model_copy(update={"due_at": due}))
+
+
+def lease_lost(lease: Lease) -> BeatResult:
+    return BeatResult(lease.model_copy(update={"over": "lost"}), LEASE_LOST)
+
+
+def item_gone(lease: Lease) -> BeatResult:
+    return BeatResult(lease.model_copy(update={"over": "gone"}), ITEM_GONE)
+
+
+# --- the sandbox (DESIGN §6 and §7) ---------------------------------------------------------------------------
+
+
+def started_by(work_id: str, turn: int, attempt: int) -> str:
+    """RunTask's `startedBy` of one attempt; ids are safe for it (judge_offer)."""
+    return f"{work_id}/{turn}/{attempt}"
+
+
+def parse_started_by(text: str) -> tuple[str, int, int] | None:
+    """(work id, turn, attempt), or None for a task that is not ours."""
+    match text.rsplit("/", 2):
+        case [work_id, turn, attempt] if turn.isdigit() and attempt.isdigit():
+            return work_id, int(turn), int(attempt)
+    return None
+
+
+def begin_launch(record: Record, turn: int, attempt: int, *, ticket_hash: str, now: int, until: int) -> Record | None:
+    """`launching`, written before RunTask. A redelivery of the same attempt may go on until the arn is stored."""
+    if (record.turn, record.attempt) != (turn, attempt):
+        return None
+    again = record.phase is Phase.LAUNCHING and record.task_arn is None
+    if record.phase is not Phase.HELD and not again:
+        return None
+    return record.noted(
+        now,
+        "launching again" if again else "launching",
+        phase=Phase.LAUNCHING,
+        started_by=started_by(record.work_id, turn, attempt),
+        launch_until=record.launch_until if again else until,
+        ticket_hashes=(*record.ticket_hashes, ticket_hash)[-5:],
+    )
+
+
+def is_current(record: Record, turn: int, attempt: int) -> bool:
+    return record.is_live and (record.turn, record.attempt) == (turn, attempt)
+
+
+def after_running(record: Record, arn: str, version: int, now: int) -> Record | None:
+    """ECS says RUNNING; it may come before the launcher stored the arn."""
+    if version <= record.event_version or record.phase not in (Phase.LAUNCHING, Phase.STOPPING):
+        return None
+    changes = {"task_arn": arn, "event_version": version}
+    if record.phase is Phase.STOPPING:
+        return record.model_copy(update=changes)
+    return record.noted(now, "running", phase=Phase.RUNNING, running_since=now, **changes)
+
+
+def after_container_stopped(
+    record: Record, diagnosis: Diagnosis, exit_code: int | None, version: int, *, now: int, max_attempts: int
+) -> Record | None:
+    """ECS says STOPPED: finish what was wanted, or relaunch while the lease is held (DESIGN §7, "Sandbox gone")."""
+    if record.dead or record.phase not in (Phase.LAUNCHING, Phase.RUNNING, Phase.STOPPING):
+        return None
+    told = record.model_copy(update={"event_version": version, "exit_code": exit_code})
+    if record.phase is Phase.STOPPING:
+        outcome = record.stop_outcome
+        if record.stop_reason == ALREADY_STOPPED.reason and exit_code in (FINISHED, UNSERVED):
+            outcome = Outcome.UNSERVED if exit_code == UNSERVED else Outcome.COMPLETED
+        return told.noted(now, f"container dead: {diagnosis.summary}", dead=True, stop_outcome=outcome)
+    if exit_code in (FINISHED, UNSERVED) and record.phase is Phase.RUNNING:
+        outcome = Outcome.UNSERVED if exit_code == UNSERVED else Outcome.COMPLETED
+        return _ended(told, now, StopWish("the turn ended", outcome, post=True))
+    if exit_code in HOPELESS_EXITS:
+        wish = StopWish(f"the sandbox gave up: {HOPELESS_EXITS[exit_code]}", Outcome.FAILED, post=True)
+        return _ended(told, now, wish)
+    if diagnosis.kind is Kind.LAUNCH_PERMANENT:
+        wish = StopWish(f"{diagnosis.summary}. {diagnosis.what_to_do}", Outcome.LAUNCH_FAILED, post=True)
+        return _ended(told, now, wish)
+    interrupted = diagnosis.kind is Kind.INTERRUPTED
+    if not interrupted and record.attempt - record.interruptions >= max_attempts:
+        wish = StopWish(f"attempt {record.attempt} failed: {diagnosis.summary}", Outcome.FAILED, post=True)
+        return _ended(told, now, wish)
+    return _next_attempt(told, now, diagnosis.summary, interrupted=interrupted)
+
+
+def _ended(record: Record, now: int, wish: StopWish) -> Record:
+    stopping = want_stop(record, wish, now)
+    return stopping.model_copy(update={"dead": True})
+
+
+def _next_attempt(record: Record, now: int, why: str, *, interrupted: bool) -> Record:
+    return record.noted(
+        now,
+        f"attempt {record.attempt} ended ({why}); relaunching",
+        phase=Phase.HELD,
+        attempt=record.attempt + 1,
+        interruptions=record.interruptions + interrupted,
+        started_by=None,
+        task_arn=None,
+        launch_until=None,
+        event_version=0,
+        running_since=None,
+        ticket_hashes=(),
+        ticket_nonce_hash=None,
+        ticket_used_at=None,
+        callback_hash=None,
+        stop_task_sent_at=None,
+    )
+
+
+# --- the end (DESIGN §7) --------------------------------------------------------------------------------------
+
+
+def want_stop(record: Record, wish: StopWish, now: int) -> Record:
+    """`stopping`. A first reason stays; a lease that is lost or an item already stopped withdraws the post."""
+    if record.phase is Phase.STOPPING:
+        if wish.post or not record.post_stop:
+            return record
+        return record.noted(now, f"no stop will be posted: {wish.reason}", post_stop=False)
+    never_ran = record.phase in (Phase.RECEIVED, Phase.HELD)
+    return record.noted(
+        now,
+        f"stopping: {wish.reason}",
+        phase=Phase.STOPPING,
+        stop_reason=wish.reason,
+        stop_outcome=wish.outcome,
+        post_stop=wish.post and not record.lease_gone,
+        stop_task_from=now + wish.grace_ms,
+        dead=never_ran,
+    )
+
+
+def never_launched(record: Record, now: int) -> Record:
+    """The launch deadline is over and no task of this attempt exists: nothing runs, nothing will."""
+    wish = StopWish("no sandbox could be started before the launch deadline", Outcome.LAUNCH_FAILED, post=True)
+    return _ended(record, now, wish)
+
+
+def overdue(record: Record, *, now: int, session_timeout_ms: int) -> StopWish | None:
+    """The wall clock of a running session."""
+    if record.phase is Phase.RUNNING and now >= (record.running_since or now) + session_timeout_ms:
+        return StopWish("the session's wall-clock limit is reached", Outcome.TIMED_OUT, post=True)
+    return None
+
+
+def may_be_taken_as_dead(record: Record, now: int) -> bool:
+    """Nothing found by arn and by `startedBy` proves death only two rounds past `launch_until` (DESIGN §4)."""
+    return now >= (record.launch_until or record.turn) + 2 * ROUND_MS
+
+
+def closed(record: Record, now: int, *, retention_seconds: int, outcome: Outcome | None = None) -> Record:
+    """`stopped`: the secret goes, the TTL is set, the record leaves the live index."""
+    ended = outcome or record.stop_outcome or Outcome.STOPPED
+    return record.noted(
+        now,
+        f"stopped: {ended}",
+        phase=Phase.STOPPED,
+        outcome=ended,
+        reason=record.stop_reason,
+        secret=None,
+        shard=None,
+        claim_owner="",
+        claim_until=0,
+        ticket_hashes=(),
+        ticket_nonce_hash=None,
+        callback_hash=None,
+        expires_at=now // 1000 + retention_seconds,
+    )

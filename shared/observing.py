@@ -1,0 +1,57 @@
+"""What ECS says of a sandbox's task goes into its record (DESIGN §4); events may repeat, come late or out of order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from shared import lifecycle
+from shared.claiming import LaunchQueue
+from shared.config import Config
+from shared.diagnose import diagnose
+from shared.log import log
+from shared.record import Phase, Record
+from shared.sandboxes import exit_code_of
+from shared.store import Store, change
+
+
+@dataclass
+class Observer:
+    config: Config
+    store: Store
+    queue: LaunchQueue
+    wake_stopper: Callable[[str], None]  # by work id; the loop's next round does it anyway
+    now: Callable[[], int]
+
+    def observe(self, detail: dict[str, Any]) -> None:
+        """One `detail` of an "ECS Task State Change" event; tasks that are not ours are ignored."""
+        name = lifecycle.parse_started_by(str(detail.get("startedBy") or ""))
+        arn = detail.get("taskArn")
+        if name is None or not isinstance(arn, str):
+            return
+        work_id, turn, attempt = name
+        status, version = detail.get("lastStatus"), int(detail.get("version") or 0)
+
+        def decide(record: Record) -> Record | None:
+            if not lifecycle.is_current(record, turn, attempt) or version <= record.event_version:
+                return None
+            if status == "RUNNING":
+                return lifecycle.after_running(record, arn, version, self.now())
+            if status == "STOPPED":
+                return lifecycle.after_container_stopped(
+                    record.model_copy(update={"task_arn": arn}),
+                    diagnose(detail),
+                    exit_code_of(detail),
+                    version,
+                    now=self.now(),
+                    max_attempts=self.config.max_attempts,
+                )
+            return None
+
+        changed = change(self.store, work_id, decide)
+        if changed is None:
+            return
+        log.info("task state", work_id=work_id, turn=turn, attempt=attempt, status=status, phase=changed.phase)
+        if changed.phase is Phase.HELD:
+            self.queue.send(changed)
+        elif changed.phase is Phase.STOPPING and changed.dead:
+            self.wake_stopper(work_id)

@@ -1,0 +1,139 @@
+"""What we keep of a work item: the record, its lease and its phases. No rules (lifecycle.py), no I/O (store.py).
+
+Every time of ours is epoch milliseconds; times of the API stay the server's own strings.
+"""
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, SecretStr
+
+HISTORY_TURNS = 5
+TIMELINE_EVENTS = 60
+
+
+class Phase(StrEnum):
+    """Where a turn is (DESIGN §4)."""
+
+    RECEIVED = "received"
+    HELD = "held"
+    LAUNCHING = "launching"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+class Outcome(StrEnum):
+    """How a turn ended."""
+
+    COMPLETED = "completed"
+    STOPPED = "stopped"  # someone asked for it
+    LOST = "lost"  # the lease went to someone else, lapsed, or the item is gone
+    LAUNCH_FAILED = "launch_failed"
+    FAILED = "failed"  # the sandbox failed as often as MaxAttempts allows, or in a way that no relaunch mends
+    TIMED_OUT = "timed_out"
+    UNSERVED = "unserved"  # finished, but a message that slipped in at its end was not served
+    NOT_OURS = "not_ours"  # another worker claimed it first
+    NO_SANDBOX = "no_sandbox"  # an item that is no session (W§10): acked and force-stopped
+
+
+class Moment(BaseModel):
+    """One line of a timeline."""
+
+    model_config = ConfigDict(frozen=True)
+    at: int
+    event: str
+
+
+class PastTurn(BaseModel):
+    """What stays of an ended turn."""
+
+    model_config = ConfigDict(frozen=True)
+    turn: int
+    attempt: int
+    outcome: Outcome | None
+    exit_code: int | None = None
+    reason: str | None = None
+    timeline: tuple[Moment, ...] = ()
+
+
+class Record(BaseModel):
+    """Our row for a work item. `revision` rises with every write, so that a write never overlooks another."""
+
+    model_config = ConfigDict(frozen=True)
+    work_id: str
+    environment_id: str
+    kind: str
+    session_id: str | None = None
+    turn: int
+    attempt: int = 1
+    phase: Phase
+    revision: int = 0
+    secret: SecretStr | None = None
+    # the claim lock: only `claim_owner` acks and claims, until `claim_until`
+    claim_owner: str = ""
+    claim_until: int = 0
+    acknowledged_at: str | None = None  # from our own ack's 200 only: the base of the 412 rule
+    lease_gone: bool = False  # a poll offered the item again: this turn never posts a stop
+    # the sandbox of this attempt
+    started_by: str | None = None
+    task_arn: str | None = None
+    launch_until: int | None = None
+    event_version: int = 0
+    running_since: int | None = None
+    interruptions: int = 0
+    ticket_hashes: tuple[str, ...] = ()
+    ticket_nonce_hash: str | None = None
+    ticket_used_at: int | None = None
+    callback_hash: str | None = None
+    # the end
+    stop_reason: str | None = None
+    stop_outcome: Outcome | None = None
+    post_stop: bool = False  # the item must still be force-stopped by us
+    stop_task_from: int | None = None  # not before this time: a sandbox that ended its own turn may exit by itself
+    stop_task_sent_at: int | None = None
+    dead: bool = False  # proof that the container of this attempt is dead
+    outcome: Outcome | None = None
+    exit_code: int | None = None
+    reason: str | None = None
+    expires_at: int | None = None  # epoch seconds, as DynamoDB's TTL wants it
+    shard: str | None = None  # set exactly while live: it makes the index sparse
+    timeline: tuple[Moment, ...] = ()
+    history: tuple[PastTurn, ...] = ()
+
+    @property
+    def is_live(self) -> bool:
+        return self.phase is not Phase.STOPPED
+
+    def noted(self, now: int, event: str, **changes: object) -> "Record":
+        """A copy with the changes and one more line in the timeline (its middle is cut when too long)."""
+        timeline = (*self.timeline, Moment(at=now, event=event))
+        if len(timeline) > TIMELINE_EVENTS:
+            timeline = (*timeline[: TIMELINE_EVENTS // 2], *timeline[-TIMELINE_EVENTS // 2 :])
+        return self.model_copy(update={**changes, "timeline": timeline})
+
+
+class Lease(BaseModel):
+    """The lease fields, an item of their own: one beat costs one write unit (DESIGN §4)."""
+
+    model_config = ConfigDict(frozen=True)
+    work_id: str
+    turn: int
+    value: str  # `last_heartbeat`, byte for byte
+    ttl_seconds: int
+    accepted_sent_at: int  # when the last accepted beat was sent, our clock
+    due_at: int
+    over: str | None = None  # why there is nothing left to beat
+
+    def deadline(self, margin_ms: int) -> int:
+        """When we must take the lease as lost if nothing more is accepted (DESIGN §7)."""
+        return self.accepted_sent_at + self.ttl_seconds * 1000 - margin_ms
+
+
+class LiveEntry(BaseModel):
+    """One row of the live index."""
+
+    model_config = ConfigDict(frozen=True)
+    work_id: str
+    phase: Phase
+    turn: int
+    attempt: int

@@ -1,0 +1,120 @@
+"""Sandboxes as ECS tasks: run, stop, describe, find. Which of these is done when is not decided here."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import ClientError
+
+from shared.config import Config
+from shared.diagnose import LaunchProblem, classify_failure, classify_launch_error
+from shared.lifecycle import started_by
+from shared.record import Record
+
+if TYPE_CHECKING:
+    from types_boto3_ecs import ECSClient
+
+CONTAINER = "sandbox"
+
+
+class LaunchFailed(Exception):
+    """RunTask started nothing; `problem` says whether trying again can help."""
+
+    def __init__(self, problem: LaunchProblem, message: str) -> None:
+        super().__init__(message)
+        self.problem = problem
+
+
+class Sandboxes:
+    """One Fargate task a (work, turn, attempt)."""
+
+    def __init__(self, client: "ECSClient", config: Config) -> None:
+        self._client, self._config = client, config
+
+    def run(self, record: Record, ticket: str) -> str:
+        """Start the attempt's task and return its arn; the same attempt again is the same task. Raises LaunchFailed.
+
+        Nothing but ids and the single-use ticket goes into the overrides (DESIGN §6).
+        """
+        name = started_by(record.work_id, record.turn, record.attempt)
+        environment = {
+            "FLEET_WORK_ID": record.work_id,
+            "FLEET_TURN": str(record.turn),
+            "FLEET_ATTEMPT": str(record.attempt),
+            "FLEET_TICKET": ticket,
+        }
+        try:
+            reply = self._client.run_task(
+                cluster=self._config.cluster_arn,
+                taskDefinition=self._config.task_definition_arn,
+                clientToken=hashlib.sha256(name.encode()).hexdigest(),
+                startedBy=name,
+                launchType="FARGATE",
+                count=1,
+                networkConfiguration={
+                    "awsvpcConfiguration": {
+                        "subnets": self._config.subnets.split(","),
+                        "securityGroups": self._config.security_groups.split(","),
+                        "assignPublicIp": "ENABLED" if self._config.assign_public_ip == "ENABLED" else "DISABLED",
+                    }
+                },
+                overrides={
+                    "containerOverrides": [
+                        {
+                            "name": CONTAINER,
+                            "environment": [{"name": n, "value": v} for n, v in environment.items()],
+                        }
+                    ]
+                },
+                tags=[{"key": "sandbox-fleet:work-id", "value": record.work_id}],
+            )
+        except ClientError as error:
+            return _arn_of_twin(error)
+        if reply["tasks"]:
+            return reply["tasks"][0]["taskArn"]
+        reason = "; ".join(str(f.get("reason") or f.get("detail")) for f in reply["failures"]) or "no task"
+        raise LaunchFailed(classify_failure(reason), f"RunTask started nothing: {reason}")
+
+    def stop(self, arn: str, reason: str) -> None:
+        """SIGTERM now, SIGKILL after the stop timeout. A task that is gone is stopped already."""
+        try:
+            self._client.stop_task(cluster=self._config.cluster_arn, task=arn, reason=reason[:255])
+        except ClientError as error:
+            message = str(error.response["Error"].get("Message", ""))
+            if "not found" not in message.lower() and "missing" not in message.lower():
+                raise
+
+    def describe(self, arns: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The tasks that ECS still knows, by arn; at most 100 arns."""
+        reply = self._client.describe_tasks(cluster=self._config.cluster_arn, tasks=list(arns))
+        return {task["taskArn"]: dict(task) for task in reply["tasks"]}
+
+    def find(self, name: str) -> list[str]:
+        """The arns of the tasks started by this name, stopping ones included."""
+        found: list[str] = []
+        for status in ("RUNNING", "STOPPED"):
+            reply = self._client.list_tasks(
+                cluster=self._config.cluster_arn,
+                startedBy=name,
+                desiredStatus=status,
+            )
+            found += reply["taskArns"]
+        return found
+
+
+def _arn_of_twin(error: ClientError) -> str:
+    """A retried launcher minted a second ticket: ECS refuses the changed request, but names the task (AWS_FACTS)."""
+    code, message = error.response["Error"].get("Code", ""), error.response["Error"].get("Message", "")
+    twins = error.response.get("resourceIds")
+    if code == "ConflictException" and isinstance(twins, list) and twins:
+        return str(twins[0])
+    raise LaunchFailed(classify_launch_error(code, message), f"RunTask failed: {code}: {message}") from None
+
+
+def exit_code_of(task: dict[str, Any]) -> int | None:
+    """The sandbox container's exit code, if it ever ran."""
+    for container in task.get("containers") or ():
+        if container.get("name") == CONTAINER:
+            code = container.get("exitCode")
+            return int(code) if code is not None else None
+    return None

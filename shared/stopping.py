@@ -1,0 +1,155 @@
+"""Makes wanted stops true: the sandbox dead first, then the item, then the record (DESIGN §7). Each step may repeat."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from shared import lifecycle
+from shared.claiming import LaunchQueue
+from shared.config import Config
+from shared.diagnose import diagnose
+from shared.keeping import Keeper
+from shared.log import log
+from shared.record import Phase, Record
+from shared.sandboxes import Sandboxes, exit_code_of
+from shared.store import Conflict, Store
+from shared.work_api import Gone, WorkApi, WorkApiError
+
+ROUND_BUDGET_MS = 10_000
+_AT_ONCE = 8
+_NEWEST = 1 << 31  # a description is the newest word: no event is newer
+
+
+@dataclass
+class Stopper:
+    config: Config
+    api: WorkApi
+    keeper: Keeper
+    store: Store
+    sandboxes: Sandboxes
+    queue: LaunchQueue
+    now: Callable[[], int]
+
+    def round(self, shard: str) -> int:
+        """Work at most 10 s on what is due; the next round goes on. Returns how many turns were closed."""
+        phases = (Phase.STOPPING, Phase.LAUNCHING, Phase.RUNNING)
+        return self.settle([e.work_id for e in self.store.live(shard) if e.phase in phases])
+
+    def settle(self, work_ids: list[str]) -> int:
+        """As `round`, for these items."""
+        until = self.now() + ROUND_BUDGET_MS
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return sum(pool.map(lambda work_id: self.now() < until and self._safely(work_id), work_ids))
+
+    def _safely(self, work_id: str) -> bool:
+        """One item's fault holds up no other; the next round repeats it."""
+        try:
+            record = self.store.get(work_id)
+            return record is not None and self._settle(record)
+        except Conflict as conflict:
+            log.info("left to the next round", work_id=work_id, detail=str(conflict))
+        except WorkApiError as error:
+            log.error("stopping failed; the next round repeats it", work_id=work_id, error=error.message)
+        except Exception:  # noqa: BLE001  one fault holds up no other; unknown errors retry (FIELD_NOTES 5)
+            log.exception("stopping failed; the next round repeats it", work_id=work_id)
+        return False
+
+    def _settle(self, record: Record) -> bool:
+        now = self.now()
+        if record.phase is Phase.LAUNCHING and now >= (record.launch_until or now):
+            self._stop_stalled_launch(record)
+            return False
+        wish = lifecycle.overdue(record, now=now, session_timeout_ms=self.config.session_timeout_seconds * 1000)
+        if wish:
+            record = self.store.save(lifecycle.want_stop(record, wish, now))
+        if record.phase is not Phase.STOPPING:
+            return False
+        if not record.dead:
+            after = self._kill(record)
+            if after is None or not after.dead:
+                return False
+            record = after
+        return self._finish(record)
+
+    def _stop_stalled_launch(self, record: Record) -> None:
+        """PENDING for too long (FIELD_NOTES 14): stopped, and relaunched once it is dead."""
+        arn = record.task_arn or self._found(record)
+        if arn is not None:
+            self._look_or_stop(record, arn, "not running before the start deadline")
+        elif lifecycle.may_be_taken_as_dead(record, self.now()):
+            self.store.save(lifecycle.never_launched(record, self.now()))
+
+    def _kill(self, record: Record) -> Record | None:
+        """StopTask, then proof of death: STOPPED, or nothing found two rounds past `launch_until`."""
+        if self.now() < (record.stop_task_from or 0):
+            return None
+        arn = record.task_arn or self._found(record)
+        if arn is not None:
+            return self._look_or_stop(record, arn, record.stop_reason or "stopped")
+        if not lifecycle.may_be_taken_as_dead(record, self.now()):
+            return None
+        return self.store.save(record.noted(self.now(), "no task found: dead", dead=True))
+
+    def _look_or_stop(self, record: Record, arn: str, why: str) -> Record | None:
+        task = self.sandboxes.describe([arn]).get(arn)
+        if task is None:
+            if not lifecycle.may_be_taken_as_dead(record, self.now()) or self._found(record):
+                return None  # a fresh task may read MISSING
+            task = {"lastStatus": "STOPPED", "stoppedReason": "the task is no longer known to ECS"}
+        if task.get("lastStatus") != "STOPPED":
+            if record.stop_task_sent_at is None or task.get("desiredStatus") != "STOPPED":
+                self.sandboxes.stop(arn, why)
+                noted = record.noted(self.now(), "StopTask sent", stop_task_sent_at=self.now(), task_arn=arn)
+                return self.store.save(noted)
+            return None
+        after = lifecycle.after_container_stopped(
+            record,
+            diagnose(task),
+            exit_code_of(task),
+            _NEWEST,
+            now=self.now(),
+            max_attempts=self.config.max_attempts,
+        )
+        saved = self.store.save(after) if after else None
+        if saved and saved.phase is Phase.HELD:
+            self.queue.send(saved)
+        return saved
+
+    def _found(self, record: Record) -> str | None:
+        found = self.sandboxes.find(record.started_by) if record.started_by else []
+        return found[0] if found else None
+
+    def _finish(self, record: Record) -> bool:
+        """The container is dead: post the stop if it is still ours to post, then close the turn."""
+        if record.post_stop and not self._posted(record):
+            return False
+        self.store.save(lifecycle.closed(record, self.now(), retention_seconds=self.config.retention_seconds))
+        log.info(
+            "turn ended",
+            work_id=record.work_id,
+            turn=record.turn,
+            outcome=record.stop_outcome,
+            reason=record.stop_reason,
+            exit_code=record.exit_code,
+        )
+        return True
+
+    def _posted(self, record: Record) -> bool:
+        """True when nothing is left to post. A stop names no lease, so it follows an echo of ours, at once, once."""
+        lease = self.store.get_leases([record.work_id]).get(record.work_id)
+        if lease is None or lease.over or lease.turn != record.turn:
+            return True
+        result = self.keeper.beat(lease)
+        if result is None:  # 404: nothing to stop
+            return True
+        self.store.save_lease(result.lease, lease)
+        if result.lease.over:
+            return True
+        answered = result.lease.accepted_sent_at != lease.accepted_sent_at
+        if not answered:
+            return False
+        try:
+            self.api.stop(record.work_id, force=True)
+        except Gone:
+            return True
+        return True

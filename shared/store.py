@@ -1,0 +1,226 @@
+"""The record store: DynamoDB, its in-memory twin, and the one way to change a record. No rules live here.
+
+Keys: pk = work id; sk = "record" or "lease"; pk = "loop#<shard>" keeps the lease loop's generation.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
+from botocore.exceptions import ClientError
+from pydantic import SecretStr
+
+from shared.record import Lease, LiveEntry, Record
+
+if TYPE_CHECKING:
+    from types_boto3_dynamodb import DynamoDBClient
+
+LIVE_INDEX = "live-index"
+_CHANGE_TRIES = 8
+
+
+class Conflict(Exception):
+    """Another actor wrote first: read again and decide anew. A normal answer, never an error to report."""
+
+
+class Store(Protocol):
+    """What the control plane keeps; both twins pass the same tests."""
+
+    def get(self, work_id: str) -> Record | None:
+        """The record, read consistently."""
+
+    def save(self, record: Record) -> Record:
+        """Write over the revision that was read; returns it with its new revision. Raises Conflict."""
+
+    def get_leases(self, work_ids: Iterable[str]) -> dict[str, Lease]:
+        """The leases of these items, read consistently."""
+
+    def save_lease(self, lease: Lease, replaces: Lease | None) -> None:
+        """Conditional on (turn, stored value) alone, never on the phase. Raises Conflict."""
+
+    def live(self, shard: str) -> list[LiveEntry]:
+        """The live records, eventually consistent."""
+
+    def loop_generation(self, shard: str) -> int: ...
+
+    def raise_loop_generation(self, shard: str, current: int) -> int:
+        """`current` + 1. Raises Conflict if someone raised it first."""
+
+
+def change(store: Store, work_id: str, decide: Callable[[Record], Record | None]) -> Record | None:
+    """Apply a pure decision to the newest record; None if there is no record or nothing to do.
+
+    Raises Conflict after several lost races: the caller's own retry decides.
+    """
+    for _ in range(_CHANGE_TRIES):
+        record = store.get(work_id)
+        changed = decide(record) if record else None
+        if changed is None:
+            return None
+        try:
+            return store.save(changed)
+        except Conflict:
+            continue
+    raise Conflict(f"record {work_id} kept changing under {_CHANGE_TRIES} tries; the next round decides")
+
+
+class DynamoStore:
+    """The `work` table."""
+
+    def __init__(self, client: "DynamoDBClient", table: str) -> None:
+        self._client = client
+        self._table = table
+        self._out, self._in = TypeSerializer().serialize, TypeDeserializer().deserialize
+
+    def get(self, work_id: str) -> Record | None:
+        reply = self._client.get_item(TableName=self._table, Key=self._key(work_id, "record"), ConsistentRead=True)
+        item = reply.get("Item")
+        return Record.model_validate(self._plain(item)) if item else None
+
+    def save(self, record: Record) -> Record:
+        written = record.model_copy(update={"revision": record.revision + 1})
+        condition = "revision = :revision" if record.revision else "attribute_not_exists(pk)"
+        names: dict[str, Any] = {}
+        if record.revision:
+            names["ExpressionAttributeValues"] = {":revision": {"N": str(record.revision)}}
+        self._put(_record_item(written), condition, names)
+        return written
+
+    def get_leases(self, work_ids: Iterable[str]) -> dict[str, Lease]:
+        ids, leases = list(work_ids), {}
+        for start in range(0, len(ids), 100):
+            keys = [self._key(work_id, "lease") for work_id in ids[start : start + 100]]
+            while keys:
+                reply = self._client.batch_get_item(RequestItems={self._table: {"Keys": keys, "ConsistentRead": True}})
+                for item in reply["Responses"].get(self._table, []):
+                    lease = Lease.model_validate(self._plain(item))
+                    leases[lease.work_id] = lease
+                unread = reply.get("UnprocessedKeys", {}).get(self._table)
+                keys = list(unread["Keys"]) if unread else []
+        return leases
+
+    def save_lease(self, lease: Lease, replaces: Lease | None) -> None:
+        item = {"pk": lease.work_id, "sk": "lease", **lease.model_dump(exclude_none=True)}
+        if replaces is None:
+            self._put(item, "attribute_not_exists(pk) OR turn < :turn", _values(self._out, turn=lease.turn))
+        else:
+            values = _values(self._out, turn=replaces.turn, value=replaces.value)
+            self._put(
+                item,
+                "turn = :turn AND #value = :value",
+                {**values, "ExpressionAttributeNames": {"#value": "value"}},
+            )
+
+    def live(self, shard: str) -> list[LiveEntry]:
+        pages = self._client.get_paginator("query").paginate(
+            TableName=self._table,
+            IndexName=LIVE_INDEX,
+            KeyConditionExpression="shard = :shard",
+            ExpressionAttributeValues={":shard": {"S": shard}},
+        )
+        return [LiveEntry.model_validate(self._plain(item)) for page in pages for item in page["Items"]]
+
+    def loop_generation(self, shard: str) -> int:
+        reply = self._client.get_item(
+            TableName=self._table, Key=self._key(f"loop#{shard}", "loop"), ConsistentRead=True
+        )
+        return int(self._plain(reply["Item"])["generation"]) if "Item" in reply else 0
+
+    def raise_loop_generation(self, shard: str, current: int) -> int:
+        item = {"pk": f"loop#{shard}", "sk": "loop", "generation": current + 1}
+        self._put(item, "attribute_not_exists(pk) OR generation = :current", _values(self._out, current=current))
+        return current + 1
+
+    def _put(self, item: dict[str, Any], condition: str, extra: dict[str, Any]) -> None:
+        try:
+            self._client.put_item(
+                TableName=self._table,
+                Item={name: self._out(value) for name, value in item.items()},
+                ConditionExpression=condition,
+                **extra,
+            )
+        except ClientError as error:
+            if error.response["Error"]["Code"] == "ConditionalCheckFailedException":
+                raise Conflict(f"{item['pk']} was written by another actor") from None
+            raise
+
+    def _plain(self, item: Any) -> dict[str, Any]:
+        return {name: self._in(value) for name, value in item.items()}
+
+    @staticmethod
+    def _key(pk: str, sk: str) -> dict[str, Any]:
+        return {"pk": {"S": pk}, "sk": {"S": sk}}
+
+
+def _values(out: Callable[[Any], Any], **values: Any) -> dict[str, Any]:
+    return {"ExpressionAttributeValues": {f":{name}": out(value) for name, value in values.items()}}
+
+
+def _record_item(record: Record) -> dict[str, Any]:
+    item = {"pk": record.work_id, "sk": "record", **_storable(record.model_dump(exclude_none=True))}
+    if record.secret is not None:  # the only place where a work secret is revealed: to be stored, encrypted
+        item["secret"] = record.secret.get_secret_value()
+    return item
+
+
+def _storable(value: Any) -> Any:
+    """Tuples as lists, enums as their words: what DynamoDB's serializer takes."""
+    if isinstance(value, dict):
+        return {name: _storable(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(part) for part in value]
+    return str(value) if isinstance(value, str) and not isinstance(value, SecretStr) else value
+
+
+class MemoryStore:
+    """The same promises in memory, for tests and the simulation."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, Record] = {}
+        self._leases: dict[str, Lease] = {}
+        self._generations: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def get(self, work_id: str) -> Record | None:
+        return self._records.get(work_id)
+
+    def save(self, record: Record) -> Record:
+        with self._lock:
+            stored = self._records.get(record.work_id)
+            if (stored.revision if stored else 0) != record.revision:
+                raise Conflict(f"{record.work_id} was written by another actor")
+            written = record.model_copy(update={"revision": record.revision + 1})
+            self._records[record.work_id] = written
+            return written
+
+    def get_leases(self, work_ids: Iterable[str]) -> dict[str, Lease]:
+        return {work_id: self._leases[work_id] for work_id in work_ids if work_id in self._leases}
+
+    def save_lease(self, lease: Lease, replaces: Lease | None) -> None:
+        with self._lock:
+            stored = self._leases.get(lease.work_id)
+            if replaces is None:
+                clash = stored is not None and stored.turn >= lease.turn
+            else:
+                clash = stored is None or (stored.turn, stored.value) != (replaces.turn, replaces.value)
+            if clash:
+                raise Conflict(f"the lease of {lease.work_id} was written by another actor")
+            self._leases[lease.work_id] = lease
+
+    def live(self, shard: str) -> list[LiveEntry]:
+        return [
+            LiveEntry(work_id=r.work_id, phase=r.phase, turn=r.turn, attempt=r.attempt)
+            for r in sorted(self._records.values(), key=lambda r: r.work_id)
+            if r.shard == shard
+        ]
+
+    def loop_generation(self, shard: str) -> int:
+        return self._generations.get(shard, 0)
+
+    def raise_loop_generation(self, shard: str, current: int) -> int:
+        with self._lock:
+            if self._generations.get(shard, 0) != current:
+                raise Conflict(f"the generation of loop {shard} was raised by another actor")
+            self._generations[shard] = current + 1
+            return current + 1

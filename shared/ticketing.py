@@ -1,0 +1,129 @@
+"""Gives a starting sandbox its own session's credential for its ticket; takes its last word (DESIGN §6, §7)."""
+
+import hmac
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, SecretStr
+
+from shared import lifecycle
+from shared.launching import hash_secret
+from shared.lifecycle import StopWish
+from shared.log import log
+from shared.record import Outcome, Phase, Record
+from shared.store import Store, change
+
+REPLAY_MS = 60_000
+_OWN_EXIT_GRACE_MS = 10_000
+
+
+class TicketRefused(Exception):
+    """The ticket or callback secret is not good, or not any more. The reply tells no detail."""
+
+
+class TicketRequest(BaseModel):
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
+    work_id: str
+    turn: int
+    attempt: int
+    ticket: SecretStr
+    nonce: SecretStr
+
+
+class Credential(BaseModel):
+    """What the sandbox gets: nothing that reaches another session."""
+
+    model_config = ConfigDict(frozen=True)
+    work_id: str
+    environment_id: str
+    session_id: str
+    work_secret: SecretStr
+    callback_secret: SecretStr
+
+
+class TurnEnded(BaseModel):
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
+    work_id: str
+    turn: int
+    attempt: int
+    callback_secret: SecretStr
+    unserved: bool = False
+
+
+@dataclass
+class Tickets:
+    store: Store
+    wake_stopper: Callable[[str], None]
+    now: Callable[[], int]
+    new_secret: Callable[[], str] = lambda: secrets.token_urlsafe(32)
+
+    def redeem(self, request: TicketRequest) -> Credential:
+        """First use binds the attempt to the nonce, which may repeat it for 60 s. Raises TicketRefused."""
+        ticket, nonce = (hash_secret(s.get_secret_value()) for s in (request.ticket, request.nonce))
+        callback = self.new_secret()
+        now = self.now()
+
+        def bind(record: Record) -> Record | None:
+            if not _may_start(record, request.turn, request.attempt) or not _among(ticket, record.ticket_hashes):
+                return None
+            if record.ticket_nonce_hash is None:
+                return record.noted(
+                    now,
+                    "ticket used",
+                    ticket_nonce_hash=nonce,
+                    ticket_used_at=now,
+                    callback_hash=hash_secret(callback),
+                )
+            same = hmac.compare_digest(nonce, record.ticket_nonce_hash)
+            if not same or now > (record.ticket_used_at or 0) + REPLAY_MS:
+                return None
+            return record.model_copy(update={"callback_hash": hash_secret(callback)})
+
+        record = change(self.store, request.work_id, bind)
+        if record is None or record.secret is None or record.session_id is None:
+            log.warning("ticket refused", work_id=request.work_id, turn=request.turn, attempt=request.attempt)
+            raise TicketRefused
+        return Credential(
+            work_id=record.work_id,
+            environment_id=record.environment_id,
+            session_id=record.session_id,
+            work_secret=record.secret,
+            callback_secret=SecretStr(callback),
+        )
+
+    def turn_ended(self, word: TurnEnded) -> None:
+        """The sandbox could not stop its item, so we do. May come twice. Raises TicketRefused."""
+        given = hash_secret(word.callback_secret.get_secret_value())
+        outcome = Outcome.UNSERVED if word.unserved else Outcome.COMPLETED
+        wish = StopWish("the turn ended", outcome, post=True, grace_ms=_OWN_EXIT_GRACE_MS)
+        now = self.now()
+        known = False
+
+        def end(record: Record) -> Record | None:
+            nonlocal known
+            known = lifecycle.is_current(record, word.turn, word.attempt) and _among(
+                given, (record.callback_hash or "",)
+            )
+            if not known:
+                return None
+            if record.phase is Phase.STOPPING:
+                worse = word.unserved and record.stop_outcome is Outcome.COMPLETED
+                return record.noted(now, "a message was left unserved", stop_outcome=outcome) if worse else None
+            return lifecycle.want_stop(record, wish, now)
+
+        changed = change(self.store, word.work_id, end)
+        if not known:
+            log.warning("last word refused", work_id=word.work_id, turn=word.turn, attempt=word.attempt)
+            raise TicketRefused
+        if changed is not None:
+            self.wake_stopper(word.work_id)
+
+
+def _may_start(record: Record, turn: int, attempt: int) -> bool:
+    return lifecycle.is_current(record, turn, attempt) and record.phase in (Phase.LAUNCHING, Phase.RUNNING)
+
+
+def _among(given: str, stored: tuple[str, ...]) -> bool:
+    matches = [hmac.compare_digest(given, one) for one in stored]  # all of them: constant time
+    return any(matches)

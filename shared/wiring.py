@@ -1,0 +1,68 @@
+"""Builds what the functions use, once a process: clients and adapters. No rules, no handlers."""
+
+import json
+import time
+from collections.abc import Callable
+
+import boto3
+from botocore.config import Config as BotoConfig
+
+from shared.claiming import LaunchQueue
+from shared.config import Config
+from shared.environment_key import EnvironmentKey
+from shared.loop import LeaseLoop
+from shared.sandboxes import Sandboxes
+from shared.store import DynamoStore, Store
+from shared.work_api import WorkApi
+
+_STANDARD = BotoConfig(
+    retries={"mode": "standard", "max_attempts": 3},
+    connect_timeout=3,
+    read_timeout=10,
+    max_pool_connections=32,
+)
+_NO_RETRIES = BotoConfig(retries={"total_max_attempts": 1}, connect_timeout=3, read_timeout=20)
+
+
+def now() -> int:
+    """Epoch milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+def store(config: Config) -> DynamoStore:
+    return DynamoStore(boto3.client("dynamodb", config=_STANDARD), config.table)
+
+
+def environment_key(config: Config) -> EnvironmentKey:
+    return EnvironmentKey(boto3.client("secretsmanager", config=_STANDARD), config.key_secret_arn)
+
+
+def work_api(config: Config, key: EnvironmentKey) -> WorkApi:
+    return WorkApi(config.base_url, config.environment_id, key, worker_id="sandbox-fleet")
+
+
+def queue(config: Config) -> LaunchQueue:
+    return LaunchQueue(boto3.client("sqs", config=_STANDARD), config.queue_url)
+
+
+def loop(config: Config, records: Store) -> LeaseLoop:
+    return LeaseLoop(boto3.client("stepfunctions", config=_STANDARD), config.state_machine_arn, records)
+
+
+def sandboxes(config: Config) -> Sandboxes:
+    """Without botocore's retries: they would burn the launch quota (FIELD_NOTES 12)."""
+    return Sandboxes(boto3.client("ecs", config=_NO_RETRIES), config)
+
+
+def wake_stopper(config: Config) -> Callable[[str], None]:
+    """Invokes the stopper for one item, asynchronously."""
+    client = boto3.client("lambda", config=_STANDARD)
+
+    def wake(work_id: str) -> None:
+        client.invoke(
+            FunctionName=config.stopper_function,
+            InvocationType="Event",
+            Payload=json.dumps({"work_ids": [work_id]}).encode(),
+        )
+
+    return wake

@@ -1,0 +1,54 @@
+"""The Work API emulator as a fixture, in a thread of the test's process; no rules and no doubles of ours."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+
+from local.work_api.server import Emulator, Server
+
+START_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class RunningEmulator:
+    """A fresh emulator that listens on `base_url` (also `url`)."""
+
+    base_url: str
+    environment_id: str
+    environment_key: str = field(repr=False)
+    org_key: str = field(repr=False)
+
+    @property
+    def url(self) -> str:
+        return self.base_url
+
+    def control(self, method: str, path: str, json: Any = None) -> Any:
+        """Calls `/_control/{path}` and returns the parsed reply."""
+        url = f"{self.base_url}/_control/{path.lstrip('/')}"
+        return httpx.request(method, url, json=json, timeout=10.0).raise_for_status().json()
+
+
+@pytest.fixture
+def emulator() -> Iterator[RunningEmulator]:
+    environment_id, environment_key, org_key = (
+        "env_contract",
+        "sk-ant-oat01-contract",
+        "sk-ant-api03-contract",
+    )
+    server = Server(Emulator(environment_id, environment_key, org_key), "127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + START_SECONDS
+    while not server.started:
+        assert thread.is_alive(), "the emulator ended before it listened"
+        assert time.monotonic() < deadline, "the emulator did not start in time"
+        time.sleep(0.01)
+    yield RunningEmulator(server.url, environment_id, environment_key, org_key)
+    server.should_exit = True
+    thread.join(START_SECONDS)
+    assert not thread.is_alive(), "the emulator did not end"

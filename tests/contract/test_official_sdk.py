@@ -1,0 +1,221 @@
+"""The official SDK against the emulator: what its poller, worker and heartbeat make of our replies."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from anthropic import APIStatusError, AsyncAnthropic, ConflictError, NotFoundError, PermissionDeniedError
+
+from local.work_api.state import NO_HEARTBEAT
+from tests.contract.conftest import RunningEmulator
+
+WAIT_SECONDS = 60.0
+
+
+def bash(command: str, expect: str) -> dict[str, Any]:
+    return {"tool": "bash", "input": {"command": command}, "expect": expect}
+
+
+def run(emulator: RunningEmulator, body: Callable[[AsyncAnthropic], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with AsyncAnthropic(auth_token=emulator.environment_key, base_url=emulator.url, max_retries=0) as client:
+            await asyncio.wait_for(body(client), WAIT_SECONDS)
+
+    asyncio.run(main())
+
+
+def new_session(emulator: RunningEmulator, *script: dict[str, Any]) -> str:
+    return str(emulator.control("POST", "sessions", {"script": list(script)})["sessions"][0]["session_id"])
+
+
+async def drained(emulator: RunningEmulator, client: AsyncAnthropic) -> list[Any]:
+    """Every queued item, polled and acked by the SDK's poller."""
+    poller = client.beta.environments.work.poller(
+        environment_id=emulator.environment_id,
+        environment_key=emulator.environment_key,
+        block_ms=None,
+        drain=True,
+        auto_stop=False,
+    )
+    return [item async for item in poller]
+
+
+async def serve_one(emulator: RunningEmulator, client: AsyncAnthropic, workdir: Path) -> Any:
+    """The one queued item, through a whole turn by the SDK's worker."""
+    [item] = await drained(emulator, client)
+    worker = client.beta.environments.work.worker(
+        environment_key=emulator.environment_key, workdir=workdir, max_idle=0.1
+    )
+    await worker.handle_item(
+        work_id=item.id,
+        environment_id=item.environment_id,
+        session_id=item.data.id,
+        work_secret=item.secret,
+    )
+    return item
+
+
+def test_the_poller_drains_and_acks_the_queue(emulator: RunningEmulator) -> None:
+    made = emulator.control("POST", "sessions", {"count": 3})["sessions"]
+
+    async def body(client: AsyncAnthropic) -> None:
+        assert [item.id for item in await drained(emulator, client)] == [each["work_id"] for each in made]
+        assert await drained(emulator, client) == []
+
+    run(emulator, body)
+    assert [item["state"] for item in emulator.control("GET", "state")["work"]] == ["starting"] * 3
+
+
+def test_a_worker_serves_a_turn_and_the_same_id_again_for_the_next(emulator: RunningEmulator, tmp_path: Path) -> None:
+    session_id = new_session(emulator, bash("echo one > note; cat note", "one"), bash("echo two", "two"))
+
+    async def body(client: AsyncAnthropic) -> None:
+        first = await serve_one(emulator, client, tmp_path)
+        emulator.control("POST", f"sessions/{session_id}/messages", {"script": [bash("cat note", "one")]})
+        second = await serve_one(emulator, client, tmp_path)
+        assert first.id == second.id == session_id
+
+    run(emulator, body)
+    state = emulator.control("GET", "state")
+    [session], [item] = state["sessions"], state["work"]
+    assert (session["turns_finished"], session["mismatches"], session["status"]) == (2, [], "idle")
+    assert [result["text"] for result in session["results"]] == ["one", "two", "one"]
+    assert item["state"] == "stopped"
+    stops = [call for call in state["calls"] if call["call"] == "stop"]
+    assert [(call["credential"], call["force"]) for call in stops] == [("sessions_token", True)] * 2
+    assert {call["credential"] for call in state["calls"] if call["call"] == "poll"} == {"environment_key"}
+
+
+def test_a_result_without_the_expected_text_is_a_mismatch(emulator: RunningEmulator, tmp_path: Path) -> None:
+    new_session(emulator, bash("echo one", "another"))
+
+    async def body(client: AsyncAnthropic) -> None:
+        await serve_one(emulator, client, tmp_path)
+
+    run(emulator, body)
+    [mismatch] = emulator.control("GET", "state")["sessions"][0]["mismatches"]
+    assert (mismatch["expect"], mismatch["text"]) == ("another", "one")
+
+
+def test_a_lost_lease_is_a_412_with_the_foreign_value(emulator: RunningEmulator) -> None:
+    work_id = new_session(emulator)
+
+    async def body(client: AsyncAnthropic) -> None:
+        await drained(emulator, client)
+        work = client.beta.environments.work
+        env = emulator.environment_id
+        ours = await work.heartbeat(work_id, environment_id=env, expected_last_heartbeat=NO_HEARTBEAT)
+        emulator.control("POST", f"work/{work_id}/take_lease")
+        with pytest.raises(APIStatusError) as caught:
+            await work.heartbeat(work_id, environment_id=env, expected_last_heartbeat=ours.last_heartbeat)
+        assert caught.value.status_code == 412
+        assert isinstance(caught.value.body, dict)
+        current = caught.value.body["error"]["details"]["current_state"]
+        assert current["state"] == "active"
+        assert current["last_heartbeat"] != ours.last_heartbeat
+
+    run(emulator, body)
+
+
+def test_a_lapsed_lease_is_offered_again_under_the_same_id(emulator: RunningEmulator) -> None:
+    work_id = new_session(emulator)
+
+    async def body(client: AsyncAnthropic) -> None:
+        await drained(emulator, client)
+        await client.beta.environments.work.heartbeat(
+            work_id, environment_id=emulator.environment_id, expected_last_heartbeat=NO_HEARTBEAT
+        )
+        assert await drained(emulator, client) == []
+        emulator.control("POST", "clock", {"advance_seconds": 301})
+        assert [item.id for item in await drained(emulator, client)] == [work_id]
+
+    run(emulator, body)
+
+
+def test_refusals_reach_the_sdk_as_its_own_errors(emulator: RunningEmulator) -> None:
+    work_id = new_session(emulator)
+
+    async def body(client: AsyncAnthropic) -> None:
+        work = client.beta.environments.work
+        await drained(emulator, client)
+        with pytest.raises(ConflictError, match="QUEUED"):
+            await work.ack(work_id, environment_id=emulator.environment_id)
+        with pytest.raises(PermissionDeniedError):
+            await work.retrieve(work_id, environment_id=emulator.environment_id)
+        with pytest.raises(PermissionDeniedError):
+            await work.poll("env_other")
+        with pytest.raises(NotFoundError):
+            await work.ack("sesn_none", environment_id=emulator.environment_id)
+
+    run(emulator, body)
+
+
+def test_a_blocked_poll_wakes_for_new_work(emulator: RunningEmulator) -> None:
+    async def body(client: AsyncAnthropic) -> None:
+        polled: asyncio.Task[Any] = asyncio.create_task(poll_until_work(emulator, client))
+        while not emulator.control("GET", "state")["calls"]:
+            await asyncio.sleep(0)
+        session_id = await asyncio.to_thread(new_session, emulator)
+        assert (await polled).id == session_id
+
+    run(emulator, body)
+
+
+async def poll_until_work(emulator: RunningEmulator, client: AsyncAnthropic) -> Any:
+    while True:
+        item = await client.beta.environments.work.poll(emulator.environment_id, block_ms=999)
+        if item is not None:
+            return item
+
+
+def test_a_sessions_token_reaches_its_own_session_and_item_only(emulator: RunningEmulator) -> None:
+    new_session(emulator)
+    other = new_session(emulator)
+
+    async def body(client: AsyncAnthropic) -> None:
+        first = (await drained(emulator, client))[0]
+        token = next(value for value in emulator.control("GET", "secrets")["secrets"] if value.startswith("sk-ant-si-"))
+        async with AsyncAnthropic(auth_token=token, base_url=emulator.url, max_retries=0) as scoped:
+            assert (await scoped.beta.sessions.retrieve(first.data.id)).id == first.data.id
+            with pytest.raises(PermissionDeniedError):
+                await scoped.beta.sessions.retrieve(other)
+            with pytest.raises(PermissionDeniedError):
+                await scoped.beta.environments.work.stop(other, environment_id=emulator.environment_id)
+            with pytest.raises(PermissionDeniedError):
+                await scoped.beta.environments.work.poll(emulator.environment_id)
+
+    run(emulator, body)
+
+
+def test_work_routes_look_absent_without_the_beta_header(emulator: RunningEmulator) -> None:
+    url = f"{emulator.url}/v1/environments/{emulator.environment_id}/work/poll"
+    headers = {"authorization": f"Bearer {emulator.environment_key}"}
+    reply = httpx.get(url, headers=headers)
+    assert reply.status_code == 404
+    assert reply.headers["request-id"] == reply.json()["request_id"]
+    with_beta = httpx.get(url, headers=headers | {"anthropic-beta": "managed-agents-2026-04-01"})
+    assert (with_beta.status_code, with_beta.text) == (200, "null")
+
+
+@pytest.fixture
+def kept_open() -> Iterator[contextlib.ExitStack]:
+    """What is entered here outlives the emulator, if a test asks for it before the emulator."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def test_an_open_stream_does_not_hold_up_the_end(kept_open: contextlib.ExitStack, emulator: RunningEmulator) -> None:
+    """The fixture's end asserts that the server ended."""
+    session_id = new_session(emulator)
+    url = f"{emulator.url}/v1/sessions/{session_id}/events/stream"
+    headers = {
+        "authorization": f"Bearer {emulator.environment_key}",
+        "anthropic-beta": "managed-agents-2026-04-01",
+    }
+    client = kept_open.enter_context(httpx.Client(timeout=WAIT_SECONDS))
+    reply = kept_open.enter_context(client.stream("GET", url, headers=headers))
+    assert next(reply.iter_lines()) == ": open"

@@ -1,0 +1,124 @@
+"""What both twins of the record store promise."""
+
+import json
+
+import pytest
+
+from shared import lifecycle
+from shared.record import Lease, Outcome, Phase, Record
+from shared.store import Conflict, Store, change
+from shared.work_api import Work
+
+SECRET = "c2VjcmV0LW9mLXdvcmstMQ"
+
+
+def work(work_id: str = "sesn_1") -> Work:
+    return Work.model_validate(
+        {
+            "id": work_id,
+            "environment_id": "env_1",
+            "data": {"type": "session", "id": work_id},
+            "state": "queued",
+            "secret": SECRET,
+        }
+    )
+
+
+def received(previous: Record | None = None, *, now: int = 1_000_000) -> Record:
+    return lifecycle.open_turn(previous, work(), now=now, owner="me", until=now + 60_000, shard="0")
+
+
+def lease(value: str = "v1", turn: int = 1_000_000) -> Lease:
+    return Lease(work_id="sesn_1", turn=turn, value=value, ttl_seconds=300, accepted_sent_at=1, due_at=2)
+
+
+def test_a_record_comes_back_as_it_was_saved(store: Store) -> None:
+    saved = store.save(received())
+    assert store.get("sesn_1") == saved
+    assert saved.secret is not None
+    assert saved.secret.get_secret_value() == SECRET
+    assert store.get("sesn_other") is None
+
+
+def test_of_two_writers_of_one_revision_the_second_conflicts(store: Store) -> None:
+    saved = store.save(received())
+    store.save(lifecycle.held(saved, 1_000_001))
+    with pytest.raises(Conflict):
+        store.save(lifecycle.held(saved, 1_000_002))
+    with pytest.raises(Conflict):
+        store.save(received())
+
+
+def test_a_change_is_decided_on_the_newest_record(store: Store) -> None:
+    saved = store.save(received())
+    seen = []
+
+    def decide(record: Record) -> Record:
+        if not seen:
+            store.save(saved.noted(5, "another actor"))  # writes between our read and our write
+        seen.append(record.timeline[-1].event)
+        return lifecycle.held(record, 6)
+
+    changed = change(store, "sesn_1", decide)
+    assert seen == ["received", "another actor"]
+    assert changed is not None
+    assert [moment.event for moment in changed.timeline] == ["received", "another actor", "held"]
+
+
+def test_only_live_records_are_in_the_index_and_no_secret_is(store: Store) -> None:
+    saved = store.save(received())
+    entries = store.live("0")
+    assert [(entry.work_id, entry.phase, entry.turn) for entry in entries] == [("sesn_1", "received", 1_000_000)]
+    assert SECRET not in json.dumps([entry.model_dump() for entry in entries])
+    store.save(lifecycle.closed(saved, 1_000_500, retention_seconds=60, outcome=Outcome.COMPLETED))
+    assert store.live("0") == []
+
+
+def test_the_end_removes_the_secret_and_sets_the_time_to_live(store: Store) -> None:
+    saved = store.save(received())
+    store.save(lifecycle.closed(saved, 2_000_000, retention_seconds=60, outcome=Outcome.STOPPED))
+    ended = store.get("sesn_1")
+    assert ended is not None
+    assert ended.secret is None
+    assert ended.expires_at == 2_060
+    assert ended.phase is Phase.STOPPED
+
+
+def test_a_new_turn_follows_the_ended_one_and_keeps_it_as_history(store: Store) -> None:
+    ended = store.save(
+        lifecycle.closed(store.save(received()), 1_000_400, retention_seconds=60, outcome=Outcome.COMPLETED)
+    )
+    second = store.save(received(ended, now=1_000_000))  # the clock of another machine may lag
+    assert second.turn == 1_000_001
+    assert second.expires_at is None
+    stored = store.get("sesn_1")
+    assert stored is not None
+    assert [(past.turn, past.outcome) for past in stored.history] == [(1_000_000, "completed")]
+
+
+def test_a_lease_is_written_on_its_turn_and_value_alone(store: Store) -> None:
+    store.save_lease(lease("v1"), None)
+    store.save_lease(lease("v2"), lease("v1"))
+    with pytest.raises(Conflict):
+        store.save_lease(lease("v3"), lease("v1"))
+    assert store.get_leases(["sesn_1", "none"]) == {"sesn_1": lease("v2")}
+
+
+def test_a_first_lease_replaces_an_earlier_turn_s_but_never_its_own(store: Store) -> None:
+    store.save_lease(lease("v1"), None)
+    with pytest.raises(Conflict):
+        store.save_lease(lease("again"), None)
+    store.save_lease(lease("w1", turn=1_000_001), None)
+    assert store.get_leases(["sesn_1"])["sesn_1"].value == "w1"
+
+
+def test_a_loop_s_generation_is_raised_once(store: Store) -> None:
+    assert store.loop_generation("0") == 0
+    assert store.raise_loop_generation("0", 0) == 1
+    with pytest.raises(Conflict):
+        store.raise_loop_generation("0", 0)
+    assert store.loop_generation("0") == 1
+
+
+def test_no_repr_of_a_record_shows_its_secret(store: Store) -> None:
+    assert SECRET not in repr(store.save(received()))
