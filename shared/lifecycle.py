@@ -173,8 +173,11 @@ class StopWish:
 
 @dataclass(frozen=True)
 class BeatResult:
+    """`accepted`: the server answered `active` or `stopping` with our value, so a stop may follow at once."""
+
     lease: Lease
     wish: StopWish | None = None
+    accepted: bool = False
 
 
 STOP_REQUESTED = StopWish("a stop was requested", Outcome.STOPPED, post=True)
@@ -196,12 +199,12 @@ def after_beat(lease: Lease, beat: Heartbeat, sent_at: int) -> BeatResult:
         }
     )
     if beat.state == "stopping" or (beat.state == "active" and not beat.lease_extended):
-        return BeatResult(kept, STOP_REQUESTED)
+        return BeatResult(kept, STOP_REQUESTED, accepted=True)
     if beat.state == "queued":
         return lease_lost(lease)
     if not beat.lease_extended:  # a state that we do not know: kept, and tried again within the ttl
         return after_no_answer(lease, sent_at, None)
-    return BeatResult(kept)
+    return BeatResult(kept, accepted=True)
 
 
 def after_refused_echo(lease: Lease, state: CurrentState | None, sent_at: int) -> BeatResult:

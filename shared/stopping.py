@@ -145,8 +145,7 @@ class Stopper:
         self.store.save_lease(result.lease, lease)
         if result.lease.over:
             return True
-        answered = result.lease.accepted_sent_at != lease.accepted_sent_at
-        if not answered:
+        if not result.accepted:
             return False
         try:
             self.api.stop(record.work_id, force=True)

@@ -1,0 +1,462 @@
+"""The control plane's own parts against the emulator over HTTP; ECS, SQS and the loop are played here."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from shared import lifecycle
+from shared.claiming import Claimer
+from shared.config import Config
+from shared.diagnose import LaunchProblem
+from shared.keeping import Keeper, RoundReply, RoundState
+from shared.launching import Launcher, LaunchMessage, PutOff
+from shared.observing import Observer
+from shared.record import Outcome, Phase, Record
+from shared.sandboxes import LaunchFailed
+from shared.stopping import Stopper
+from shared.store import MemoryStore
+from shared.ticketing import TicketRefused, TicketRequest, Tickets, TurnEnded
+from shared.work_api import NO_HEARTBEAT, Unanswered, WorkApi
+from tests.contract.emulator import RunningEmulator as Emulator
+
+SCRIPT = [{"tool": "bash", "input": {"command": "echo hi"}, "expect": "hi"}]
+CONFIG = Config(table="work", lease_ttl_seconds=60, max_attempts=2)
+
+
+class Key:
+    def __init__(self, key: str) -> None:
+        self.value = SecretStr(key)
+
+    def __call__(self) -> SecretStr:
+        return self.value
+
+    def forget(self) -> None:
+        pass
+
+
+@dataclass
+class Queue:
+    sent: list[LaunchMessage] = field(default_factory=list)
+
+    def send(self, record: Record) -> None:
+        self.sent.append(LaunchMessage(work_id=record.work_id, turn=record.turn, attempt=record.attempt))
+
+
+class Loop:
+    started = 0
+
+    def ensure(self, shard: str) -> None:
+        self.started += 1
+
+
+@dataclass
+class FakeEcs:
+    """Tasks by startedBy: the same name again is the same task."""
+
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tickets: list[str] = field(default_factory=list)
+    fail: LaunchFailed | None = None
+
+    def run(self, record: Record, ticket: str) -> str:
+        if self.fail:
+            raise self.fail
+        name = lifecycle.started_by(record.work_id, record.turn, record.attempt)
+        self.tickets.append(ticket)
+        arn = f"arn:task/{name}"
+        self.tasks.setdefault(arn, {"taskArn": arn, "startedBy": name, "lastStatus": "PENDING", "version": 1})
+        return arn
+
+    def stop(self, arn: str, reason: str) -> None:
+        task = self.tasks[arn]
+        task |= {"desiredStatus": "STOPPED", "stoppedReason": reason, "stopCode": "UserInitiated"}
+
+    def describe(self, arns: list[str]) -> dict[str, dict[str, Any]]:
+        return {arn: self.tasks[arn] for arn in arns if arn in self.tasks}
+
+    def find(self, name: str) -> list[str]:
+        return [arn for arn, task in self.tasks.items() if task["startedBy"] == name]
+
+    def becomes(self, arn: str, status: str, exit_code: int | None = None) -> dict[str, Any]:
+        task = self.tasks[arn]
+        task |= {"lastStatus": status, "version": task["version"] + 1, "containers": [{"name": "sandbox"}]}
+        if exit_code is not None:
+            task["containers"][0]["exitCode"] = exit_code
+            task.setdefault("stopCode", "EssentialContainerExited")
+        return dict(task)
+
+
+class Plane:
+    """All functions over one memory store and a clock that follows the emulator's."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator = emulator
+        self.time = 1_800_000_000_000
+        self.store, self.queue, self.ecs, self.loop = MemoryStore(), Queue(), FakeEcs(), Loop()
+        self.woken: list[str] = []
+        key = Key(emulator.environment_key)
+        self.api = WorkApi(emulator.base_url, emulator.environment_id, key, sleep=lambda _: None)
+        parts: Any = {"config": CONFIG, "store": self.store, "now": self.now}
+        self.claimer = Claimer(
+            api=self.api,
+            key=key,  # type: ignore[arg-type]
+            queue=self.queue,  # type: ignore[arg-type]
+            loop=self.loop,  # type: ignore[arg-type]
+            sleep=lambda _: None,
+            **parts,
+        )
+        self.launcher = Launcher(sandboxes=self.ecs, **parts)  # type: ignore[arg-type]
+        self.keeper = Keeper(api=self.api, key=key, **parts)  # type: ignore[arg-type]
+        self.stopper = Stopper(
+            api=self.api,
+            keeper=self.keeper,
+            sandboxes=self.ecs,  # type: ignore[arg-type]
+            queue=self.queue,  # type: ignore[arg-type]
+            **parts,
+        )
+        self.observer = Observer(queue=self.queue, wake_stopper=self.woken.append, **parts)  # type: ignore[arg-type]
+        self.tickets = Tickets(self.store, self.woken.append, self.now)
+
+    def now(self) -> int:
+        return self.time
+
+    def pass_seconds(self, seconds: float) -> None:
+        self.time += int(seconds * 1000)
+        self.emulator.control("POST", "clock", {"advance_seconds": seconds})
+
+    def queue_session(self) -> str:
+        return str(self.emulator.control("POST", "sessions", {"script": SCRIPT})["sessions"][0]["work_id"])
+
+    def poll(self, owner: str = "poller-1") -> int:
+        return self.claimer.run(owner, self.time + 90_000)
+
+    def beat(self) -> RoundReply:
+        return self.keeper.round(RoundState(shard="0", generation=0, round=0, empty_rounds=0))
+
+    def stop(self) -> int:
+        return self.stopper.round("0")
+
+    def record(self, work_id: str) -> Record:
+        record = self.store.get(work_id)
+        assert record is not None
+        return record
+
+    def run_to_running(self) -> tuple[str, str]:
+        work_id = self.queue_session()
+        assert self.poll() == 1
+        self.launcher.launch(self.queue.sent[-1])
+        arn = self.record(work_id).task_arn
+        assert arn
+        self.observer.observe(self.ecs.becomes(arn, "RUNNING"))
+        assert self.record(work_id).phase is Phase.RUNNING
+        return work_id, arn
+
+    def api_state(self, work_id: str) -> str:
+        state = self.emulator.control("GET", "state")
+        return next(item["state"] for item in state["work"] if item["id"] == work_id)
+
+    def stops(self) -> list[dict[str, Any]]:
+        calls = self.emulator.control("GET", "state")["calls"]
+        return [call for call in calls if call["call"] == "stop" and call["credential"] == "environment_key"]
+
+
+@pytest.fixture
+def plane(emulator: Emulator) -> Plane:
+    return Plane(emulator)
+
+
+def test_a_polled_session_is_held_sent_and_the_loop_started(plane: Plane) -> None:
+    work_id = plane.queue_session()
+    assert plane.poll() == 1
+    record = plane.record(work_id)
+    assert record.phase is Phase.HELD
+    assert plane.api_state(work_id) == "active"
+    assert [message.work_id for message in plane.queue.sent] == [work_id]
+    assert plane.loop.started
+    assert plane.poll() == 0
+
+
+def test_work_beyond_the_slots_stays_in_the_server_s_queue(plane: Plane) -> None:
+    plane.claimer.config = CONFIG.model_copy(update={"max_sessions": 2})
+    ids = [plane.queue_session() for _ in range(3)]
+    assert plane.poll() == 2
+    assert sorted(plane.api_state(work_id) for work_id in ids) == ["active", "active", "queued"]
+
+
+def test_an_item_that_is_no_session_is_acked_and_stopped_without_a_sandbox(plane: Plane) -> None:
+    work_id = plane.emulator.control("POST", "work", {"type": "healthcheck"})["work_id"]
+    assert plane.poll() == 0
+    assert plane.api_state(work_id) == "stopped"
+    assert plane.record(work_id).outcome is Outcome.NO_SANDBOX
+    assert not plane.queue.sent
+
+
+def test_an_item_acked_before_a_crash_is_claimed_by_the_next_run(plane: Plane) -> None:
+    """FIELD_NOTES 1: the strand of every public worker."""
+    work_id = plane.queue_session()
+    work = plane.api.poll()
+    assert work is not None
+    plane.store.save(lifecycle.open_turn(None, work, now=plane.time, owner="dead", until=plane.time + 1_000, shard="0"))
+    plane.api.ack(work_id)  # and the process dies
+    assert plane.poll() == 0  # the lock still runs
+    plane.pass_seconds(2)
+    assert plane.poll() == 1
+    assert plane.record(work_id).phase is Phase.HELD
+    assert plane.api_state(work_id) == "active"
+
+
+def test_a_claim_whose_reply_was_lost_is_recognised_by_continuity(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work_id = plane.queue_session()
+    real, lost = plane.api.heartbeat, []
+
+    def lose_first(*arguments: Any, **options: Any) -> Any:
+        reply = real(*arguments, **options)
+        if not lost:
+            lost.append(reply)
+            raise Unanswered("reply lost")
+        return reply
+
+    monkeypatch.setattr(plane.api, "heartbeat", lose_first)
+    assert plane.poll() == 1
+    assert plane.store.get_leases([work_id])[work_id].value == lost[0].last_heartbeat
+
+
+def test_an_item_claimed_by_a_foreign_worker_first_is_left_to_it(plane: Plane) -> None:
+    work_id = plane.queue_session()
+    work = plane.api.poll()
+    assert work is not None
+    record = plane.store.save(
+        lifecycle.open_turn(None, work, now=plane.time, owner="me", until=plane.time + 60_000, shard="0")
+    )
+    plane.api.ack(work_id)
+    plane.api.heartbeat(work_id, NO_HEARTBEAT)
+    assert not plane.claimer.claim(record, repair=False)
+    assert plane.record(work_id).outcome is Outcome.NOT_OURS
+    assert plane.api_state(work_id) == "active"
+    assert not plane.stops()
+
+
+def test_a_finished_turn_is_stopped_by_us_only_after_its_container_is_dead(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 0))
+    assert plane.woken == [work_id]
+    assert plane.stopper.settle([work_id]) == 1
+    record = plane.record(work_id)
+    assert (record.phase, record.outcome, record.exit_code) == (Phase.STOPPED, Outcome.COMPLETED, 0)
+    assert record.secret is None
+    assert plane.api_state(work_id) == "stopped"
+    assert len(plane.stops()) == 1
+
+
+def test_a_turn_that_the_sandbox_stopped_itself_is_completed_without_a_second_stop(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    plane.emulator.control("POST", f"work/{work_id}/stop", {"force": True})  # as the runner does
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 0))
+    assert plane.stop() == 1
+    assert plane.record(work_id).outcome is Outcome.COMPLETED
+    assert not plane.stops()
+
+
+def test_the_next_turn_of_a_session_is_served_under_the_same_id(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    plane.emulator.control("POST", f"work/{work_id}/stop", {"force": True})
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 0))
+    plane.stop()
+    first = plane.record(work_id)
+    plane.emulator.control("POST", f"sessions/{work_id}/messages", {"script": SCRIPT})
+    plane.pass_seconds(1)
+    assert plane.poll() == 1
+    second = plane.record(work_id)
+    assert second.turn > first.turn
+    assert [past.outcome for past in second.history] == [Outcome.COMPLETED]
+
+
+def test_a_graceful_stop_kills_the_sandbox_then_confirms_by_force(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    plane.emulator.control("POST", f"work/{work_id}/stop", {"force": False})
+    plane.pass_seconds(30)
+    assert plane.beat().to_stop
+    assert plane.stop() == 0
+    assert plane.ecs.tasks[arn]["desiredStatus"] == "STOPPED"
+    assert plane.api_state(work_id) == "stopping"
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 10))
+    assert plane.stop() == 1
+    assert plane.record(work_id).outcome is Outcome.STOPPED
+    assert plane.api_state(work_id) == "stopped"
+
+
+def test_after_a_lost_lease_the_sandbox_dies_and_no_stop_is_posted(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    plane.pass_seconds(25)
+    plane.emulator.control("POST", f"work/{work_id}/take_lease")
+    plane.beat()
+    plane.stop()
+    assert plane.ecs.tasks[arn]["desiredStatus"] == "STOPPED"
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 10))
+    assert plane.stop() == 1
+    assert plane.record(work_id).outcome is Outcome.LOST
+    assert plane.api_state(work_id) == "active"
+    assert not plane.stops()
+
+
+def test_beats_keep_the_lease_past_its_first_ttl(plane: Plane) -> None:
+    work_id, _ = plane.run_to_running()
+    for _ in range(8):
+        plane.pass_seconds(20)
+        plane.beat()
+    assert plane.api_state(work_id) == "active"
+    assert plane.record(work_id).phase is Phase.RUNNING
+
+
+def test_a_crashed_sandbox_is_relaunched_until_max_attempts(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 137))
+    record = plane.record(work_id)
+    assert (record.phase, record.attempt) == (Phase.HELD, 2)
+    plane.launcher.launch(plane.queue.sent[-1])
+    second = plane.record(work_id).task_arn
+    assert second
+    assert second != arn
+    plane.observer.observe(plane.ecs.becomes(second, "RUNNING"))
+    plane.observer.observe(plane.ecs.becomes(second, "STOPPED", 137))
+    plane.stop()
+    assert plane.record(work_id).outcome is Outcome.FAILED
+    assert plane.api_state(work_id) == "stopped"
+
+
+def test_a_late_event_of_an_earlier_attempt_changes_nothing(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    stopped = plane.ecs.becomes(arn, "STOPPED", 137)
+    plane.observer.observe(stopped)
+    plane.launcher.launch(plane.queue.sent[-1])
+    before = plane.record(work_id)
+    plane.observer.observe(stopped)
+    plane.observer.observe(stopped | {"lastStatus": "RUNNING", "version": 99})
+    assert plane.record(work_id) == before
+
+
+def test_running_may_be_told_before_the_launcher_stored_the_arn(plane: Plane) -> None:
+    work_id = plane.queue_session()
+    plane.poll()
+    real = plane.ecs.run
+
+    def run_and_tell(record: Record, ticket: str) -> str:
+        arn = real(record, ticket)
+        plane.observer.observe(plane.ecs.becomes(arn, "RUNNING"))
+        return arn
+
+    plane.ecs.run = run_and_tell  # type: ignore[method-assign]
+    plane.launcher.launch(plane.queue.sent[-1])
+    record = plane.record(work_id)
+    assert record.phase is Phase.RUNNING
+    assert "desiredStatus" not in plane.ecs.tasks[str(record.task_arn)]
+
+
+def test_a_stop_while_the_launcher_is_inside_run_task_stops_that_task(plane: Plane) -> None:
+    work_id = plane.queue_session()
+    plane.poll()
+    real = plane.ecs.run
+
+    def run_and_stop(record: Record, ticket: str) -> str:
+        plane.emulator.control("POST", f"work/{work_id}/stop", {"force": False})
+        plane.pass_seconds(30)
+        plane.beat()
+        return real(record, ticket)
+
+    plane.ecs.run = run_and_stop  # type: ignore[method-assign]
+    plane.launcher.launch(plane.queue.sent[-1])
+    arn = next(iter(plane.ecs.tasks))
+    assert plane.ecs.tasks[arn]["desiredStatus"] == "STOPPED"
+
+
+def test_a_duplicate_launch_message_starts_no_second_sandbox(plane: Plane) -> None:
+    plane.run_to_running()
+    plane.launcher.launch(plane.queue.sent[-1])
+    assert len(plane.ecs.tasks) == 1
+    assert len(plane.ecs.tickets) == 1
+
+
+def test_capacity_puts_a_launch_off_and_permanent_errors_end_the_turn(plane: Plane) -> None:
+    work_id = plane.queue_session()
+    plane.poll()
+    plane.ecs.fail = LaunchFailed(LaunchProblem.CAPACITY, "no capacity")
+    with pytest.raises(PutOff):
+        plane.launcher.launch(plane.queue.sent[-1])
+    plane.ecs.fail = LaunchFailed(LaunchProblem.PERMANENT, "no such task definition")
+    plane.launcher.launch(plane.queue.sent[-1])
+    assert plane.stop() == 0  # an earlier try might have started: death must be proved first
+    for _ in range(3):
+        plane.pass_seconds(25)
+        plane.beat()
+    assert plane.stop() == 1
+    record = plane.record(work_id)
+    assert record.outcome is Outcome.LAUNCH_FAILED
+    assert "no such task definition" in str(record.reason)
+    assert plane.api_state(work_id) == "stopped"
+
+
+def test_an_offer_during_a_turn_means_its_lease_is_gone_and_it_never_posts(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    plane.emulator.control("POST", f"work/{work_id}/stop", {"force": True})
+    plane.emulator.control("POST", f"sessions/{work_id}/messages", {"script": SCRIPT})
+    assert plane.poll() == 0
+    assert plane.record(work_id).lease_gone
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 0))
+    assert plane.stop() == 1
+    assert not plane.stops()
+    plane.pass_seconds(6)
+    assert plane.poll() == 1
+    assert plane.api_state(work_id) == "active"
+
+
+def test_a_session_past_its_wall_clock_is_stopped(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    plane.stopper.config = CONFIG.model_copy(update={"session_timeout_seconds": 10})
+    plane.pass_seconds(15)
+    plane.stop()
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 10))
+    assert plane.stop() == 1
+    assert plane.record(work_id).outcome is Outcome.TIMED_OUT
+
+
+def request(plane: Plane, work_id: str, nonce: str = "n1", ticket: str | None = None) -> TicketRequest:
+    record = plane.record(work_id)
+    return TicketRequest(
+        work_id=work_id,
+        turn=record.turn,
+        attempt=record.attempt,
+        ticket=SecretStr(ticket or plane.ecs.tickets[-1]),
+        nonce=SecretStr(nonce),
+    )
+
+
+def test_a_ticket_is_exchanged_once_and_its_lost_reply_may_be_asked_for_again(plane: Plane) -> None:
+    work_id, _ = plane.run_to_running()
+    first = plane.tickets.redeem(request(plane, work_id))
+    assert first.session_id == work_id
+    assert plane.tickets.redeem(request(plane, work_id)).work_secret == first.work_secret
+    with pytest.raises(TicketRefused):
+        plane.tickets.redeem(request(plane, work_id, nonce="another"))
+    with pytest.raises(TicketRefused):
+        plane.tickets.redeem(request(plane, work_id, ticket="guess"))
+    plane.pass_seconds(61)
+    with pytest.raises(TicketRefused):
+        plane.tickets.redeem(request(plane, work_id))
+
+
+def test_the_last_word_needs_the_callback_secret_and_ends_the_turn(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    credential = plane.tickets.redeem(request(plane, work_id))
+    record = plane.record(work_id)
+    word = TurnEnded(
+        work_id=work_id, turn=record.turn, attempt=1, callback_secret=credential.callback_secret, unserved=True
+    )
+    with pytest.raises(TicketRefused):
+        plane.tickets.turn_ended(word.model_copy(update={"callback_secret": SecretStr("guess")}))
+    plane.tickets.turn_ended(word)
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 11))
+    assert plane.stop() == 1
+    assert plane.record(work_id).outcome is Outcome.UNSERVED
