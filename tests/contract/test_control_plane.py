@@ -19,7 +19,7 @@ from shared.stopping import Stopper
 from shared.store import MemoryStore
 from shared.ticketing import TicketRefused, TicketRequest, Tickets, TurnEnded
 from shared.work_api import NO_HEARTBEAT, Unanswered, WorkApi
-from tests.contract.emulator import RunningEmulator as Emulator
+from tests.contract.conftest import RunningEmulator
 
 SCRIPT = [{"tool": "bash", "input": {"command": "echo hi"}, "expect": "hi"}]
 CONFIG = Config(table="work", lease_ttl_seconds=60, max_attempts=2)
@@ -90,7 +90,7 @@ class FakeEcs:
 class Plane:
     """All functions over one memory store and a clock that follows the emulator's."""
 
-    def __init__(self, emulator: Emulator) -> None:
+    def __init__(self, emulator: RunningEmulator) -> None:
         self.emulator = emulator
         self.time = 1_800_000_000_000
         self.store, self.queue, self.ecs, self.loop = MemoryStore(), Queue(), FakeEcs(), Loop()
@@ -162,7 +162,7 @@ class Plane:
 
 
 @pytest.fixture
-def plane(emulator: Emulator) -> Plane:
+def plane(emulator: RunningEmulator) -> Plane:
     return Plane(emulator)
 
 
