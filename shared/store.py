@@ -116,7 +116,8 @@ class DynamoStore:
         pages = self._client.get_paginator("query").paginate(
             TableName=self._table,
             IndexName=LIVE_INDEX,
-            KeyConditionExpression="shard = :shard",
+            KeyConditionExpression="#shard = :shard",  # a reserved word
+            ExpressionAttributeNames={"#shard": "shard"},
             ExpressionAttributeValues={":shard": {"S": shard}},
         )
         return [LiveEntry.model_validate(self._plain(item)) for page in pages for item in page["Items"]]

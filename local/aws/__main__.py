@@ -52,6 +52,7 @@ def main() -> None:
     patches.exception_names()
     patches.schedules(options.time_scale)
     patches.callable_function_urls(endpoint)
+    patches.yaml_definitions()
     iam.install()
     TaskEngine(images, state / "tasks", state / "logs", run_id).install()
     try:

@@ -3,10 +3,12 @@
 Each docstring says what AWS does and what ministack 1.5.33 does.
 """
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
 
+import yaml
 from ministack.services import eventbridge, lambda_svc, scheduler
 from ministack.services.cloudformation import provisioners
 
@@ -66,3 +68,13 @@ def callable_function_urls(endpoint: str) -> None:
         return attributes(config) | {"FunctionUrl": f"{endpoint}/_aws/lambda-url/{url_id}/"}
 
     provisioners._lambda_url_attributes = local
+
+
+def yaml_definitions() -> None:
+    """CloudFormation takes a state machine's definition as JSON or YAML; ministack runs JSON only."""
+    definition: Callable[[dict[str, Any]], str] = provisioners._sfn_definition
+
+    def as_json(properties: dict[str, Any]) -> str:
+        return json.dumps(yaml.safe_load(definition(properties)))
+
+    provisioners._sfn_definition = as_json
