@@ -367,7 +367,8 @@ class TaskEngine:
             running = life.containers.get(definition["name"])
             if running is None:
                 continue
-            patience = definition.get("stopTimeout") or DEFAULT_STOP_TIMEOUT
+            # CloudFormation hands a Number parameter on as text
+            patience = int(definition.get("stopTimeout") or DEFAULT_STOP_TIMEOUT)
             if not running.exited.wait(max(0.0, terminated + patience - time.monotonic())):
                 running.kill()
                 running.exited.wait()

@@ -103,7 +103,7 @@ def install(monkeypatch: pytest.MonkeyPatch, handlers: dict[str, Handler]) -> As
             response_headers["x-amz-function-error"] = "Unhandled"
             return json.dumps({"errorMessage": str(error), "errorType": type(error).__name__}).encode()
 
-    def wait_interval(_self: Any, _env: Any, wait_seconds: float) -> None:
+    def wait_interval(_self: Any, env: Any, wait_seconds: float) -> None:
         waits.append(wait_seconds)
 
     class NoSleep:

@@ -1,0 +1,322 @@
+"""The main job on a local stack: eight kinds of sessions, each seen through to its right end. `make demo` runs it."""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import psutil
+from boto3.dynamodb.types import TypeDeserializer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from local.stack import Stack, StackFailed, running
+
+POLL_SECONDS = 0.5
+PARAMETERS = {"LeaseTtlSeconds": "20", "MaxIdleSeconds": "1", "StopTimeoutSeconds": "20", "PollWindowSeconds": "0"}
+
+Record = dict[str, Any]
+
+
+def bash(command: str, expect: str) -> dict[str, Any]:
+    """One step of the scripted agent: a tool call and what its result must contain."""
+    return {"tool": "bash", "input": {"command": command}, "expect": expect}
+
+
+QUICK = [bash("echo result-$((6*7))", "result-42")]
+LONG = [bash("sleep 60", "")]
+
+
+@dataclass
+class Case:
+    """One session: how it starts, what happens to it, how it must end."""
+
+    name: str
+    outcome: str
+    script: list[dict[str, Any]] = field(default_factory=lambda: QUICK)
+    turns: int = 1
+    act: Callable[["Demo", "Case", Record], bool] | None = None  # tried until it says that it is done
+    work_id: str = ""
+    acted: bool = False
+    attempts: int = 1
+
+    def ended(self, record: Record | None) -> bool:
+        done = len((record or {}).get("history", ())) + 1 == self.turns and self.acted
+        return bool(record and record["phase"] == "stopped" and done)
+
+
+def second_turn(demo: "Demo", case: Case, record: Record) -> bool:
+    if record["phase"] != "stopped":
+        return False
+    demo.control("POST", f"sessions/{case.work_id}/messages", {"script": QUICK})
+    return True
+
+
+def graceful_stop(demo: "Demo", case: Case, _: Record) -> bool:
+    return demo.mid_tool(case) and demo.control("POST", f"work/{case.work_id}/stop", {"force": False}) is not None
+
+
+def forced_stop(demo: "Demo", case: Case, _: Record) -> bool:
+    return demo.mid_tool(case) and demo.control("POST", f"work/{case.work_id}/stop", {"force": True}) is not None
+
+
+def take_lease(demo: "Demo", case: Case, _: Record) -> bool:
+    return demo.mid_tool(case) and demo.control("POST", f"work/{case.work_id}/take_lease") is not None
+
+
+def kill_sandbox(demo: "Demo", case: Case, _: Record) -> bool:
+    if not demo.mid_tool(case):
+        return False
+    for process in demo.sandboxes(case.work_id):
+        process.kill()
+    return True
+
+
+def cases() -> list[Case]:
+    return [
+        Case("a tool call, its output verified", "completed"),
+        Case("a second turn, same work id", "completed", turns=2, act=second_turn),
+        *(Case(f"one of five at once ({n})", "completed") for n in range(1, 6)),
+        Case("graceful stop mid-tool", "stopped", LONG, act=graceful_stop),
+        Case("forced stop mid-tool", "stopped", LONG, act=forced_stop),
+        Case(
+            "sandbox killed mid-turn",
+            "completed",
+            [*QUICK, bash("sleep 5; echo on", "on")],
+            1,
+            kill_sandbox,
+            attempts=2,
+        ),
+        Case("healthcheck item", "no_sandbox", []),
+        Case("lease taken by another", "lost", LONG, act=take_lease),
+    ]
+
+
+class Demo:
+    """One run over a deployed stack."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack, self.cases = stack, cases()
+        self.http = httpx.Client(base_url=f"{stack.api_url}/_control/", timeout=10)
+        self.dynamodb = stack.client("dynamodb")
+        self.leases: dict[str, Record] = {}
+
+    def control(self, method: str, path: str, body: Any = None) -> Any:
+        """The emulator's control endpoint: what users and other workers do."""
+        return self.http.request(method, path, json=body).raise_for_status().json()
+
+    def queue(self) -> None:
+        for case in self.cases:
+            case.acted = case.act is None
+            if case.script:
+                case.work_id = self.control("POST", "sessions", {"script": case.script})["sessions"][0]["work_id"]
+            else:
+                case.work_id = self.control("POST", "work", {"type": "healthcheck"})["work_id"]
+
+    def records(self) -> dict[str, Record]:
+        pages = self.dynamodb.get_paginator("scan").paginate(TableName=self.stack.outputs["TableName"])
+        plain = TypeDeserializer().deserialize
+        items = [{k: plain(v) for k, v in item.items()} for page in pages for item in page["Items"]]
+        self.leases = {item["pk"]: item for item in items if item["sk"] == "lease"}
+        return {item["pk"]: item for item in items if item["sk"] == "record"}
+
+    def sandboxes(self, work_id: str | None = None) -> list[psutil.Process]:
+        """The runner processes, found by what their task's environment holds."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+            except psutil.Error:
+                continue
+            ours = environment.get("FLEET_TICKETS_URL", "").startswith(self.stack.aws_url)
+            if ours and (work_id is None or environment.get("FLEET_WORK_ID") == work_id):
+                found.append(process)
+        return found
+
+    def mid_tool(self, case: Case) -> bool:
+        """Whether the session's last tool runs now: its runner has a child that sleeps."""
+        sleeping = (child for process in self.sandboxes(case.work_id) for child in process.children(recursive=True))
+        try:
+            return any(child.name() == "sleep" for child in sleeping)
+        except psutil.Error:
+            return False
+
+    def serve(self, timeout: float, show: Callable[[dict[str, Record]], None]) -> dict[str, Record]:
+        """Until every case has ended and settled; raises TimeoutError naming who has not."""
+        end = time.monotonic() + timeout
+        while True:
+            records = self.records()
+            for case in self.cases:
+                record = records.get(case.work_id)
+                if record and not case.acted and case.act:
+                    case.acted = case.act(self, case, record)
+            show(records)
+            waiting = [case for case in self.cases if not case.ended(records.get(case.work_id))]
+            if not waiting and not self.sandboxes():
+                return records
+            if time.monotonic() > end:
+                raise TimeoutError(
+                    "; ".join(
+                        f"{case.name} is {records.get(case.work_id, {}).get('phase', 'not polled')}" for case in waiting
+                    )
+                    or "sandboxes are left"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def table(self, records: dict[str, Record]) -> Table:
+        table = Table("session", "phase", "turn", "attempt", "lease age", "task", "ends as")
+        for case in self.cases:
+            record, lease = records.get(case.work_id, {}), self.leases.get(case.work_id)
+            live = record.get("phase") not in (None, "stopped") and lease
+            age = f"{time.time() - int(lease['accepted_sent_at']) / 1000:.0f} s" if live and lease else ""
+            table.add_row(
+                case.name,
+                record.get("outcome") or record.get("phase", "queued"),
+                str(len(record.get("history", ())) + 1),
+                str(record.get("attempt", "")),
+                age,
+                str(record.get("task_arn", "")).rsplit("/", 1)[-1][:8],
+                case.outcome,
+            )
+        return table
+
+    def faults(self, records: dict[str, Record]) -> list[str]:
+        """Everything that ended otherwise than it must."""
+        found = []
+        state = self.control("GET", "state")
+        sessions = {session["session_id"]: session for session in state["sessions"]}
+        for case in self.cases:
+            record = records[case.work_id]
+            if record["outcome"] != case.outcome or record["attempt"] != case.attempts:
+                found.append(
+                    f"{case.name}: {record['outcome']} at attempt {record['attempt']}, must be {case.outcome} "
+                    f"at {case.attempts} ({record.get('reason')})"
+                )
+            session = sessions.get(case.work_id)
+            if session and case.outcome == "completed":
+                if session["mismatches"]:
+                    found.append(f"{case.name}: wrong tool results {session['mismatches']}")
+                if session["turns_finished"] != case.turns:
+                    found.append(f"{case.name}: {session['turns_finished']} turns finished, must be {case.turns}")
+            stops = [c for c in state["calls"] if c["call"] == "stop" and c["work_id"] == case.work_id]
+            if case.outcome == "lost" and stops:
+                found.append(f"{case.name}: a stop was posted after the lease was lost: {stops}")
+        lost = {case.work_id for case in self.cases if case.outcome == "lost"}
+        found += [
+            f"{item['id']}: the API has it as {item['state']}"
+            for item in state["work"]
+            if item["state"] != "stopped" and item["id"] not in lost
+        ]
+        return found + self.leaks()
+
+    def leaks(self) -> list[str]:
+        """Secret values in anything that an operator or ECS reader can see."""
+        secrets = [*self.control("GET", "secrets")["secrets"], self.stack.environment_key]
+        places = {"DynamoDB": json.dumps(list(self.records().values()), default=str)}
+        logs, ecs, loops = (self.stack.client(name) for name in ("logs", "ecs", "stepfunctions"))
+        for page in logs.get_paginator("describe_log_groups").paginate():
+            for group in page["logGroups"]:
+                name = group["logGroupName"]
+                pages = logs.get_paginator("filter_log_events").paginate(logGroupName=name)
+                places[f"log {name}"] = "\n".join(e["message"] for p in pages for e in p["events"])
+        places["ECS"] = json.dumps(self.tasks(ecs), default=str)
+        machine = self.stack.outputs["StateMachineArn"]
+        for execution in loops.list_executions(stateMachineArn=machine)["executions"]:
+            pages = loops.get_paginator("get_execution_history").paginate(executionArn=execution["executionArn"])
+            places[execution["name"]] = json.dumps([e for p in pages for e in p["events"]], default=str)
+        places["output of our processes"] = "\n".join(self.stack.printed)
+        return [f"a secret is in {place}" for place, text in places.items() if any(s in text for s in secrets)]
+
+    def tasks(self, ecs: Any) -> list[dict[str, Any]]:
+        cluster = self.stack.outputs["ClusterArn"]
+        arns = [
+            arn
+            for status in ("RUNNING", "STOPPED")
+            for arn in ecs.list_tasks(cluster=cluster, desiredStatus=status)["taskArns"]
+        ]
+        return list(ecs.describe_tasks(cluster=cluster, tasks=arns)["tasks"]) if arns else []
+
+    def timelines(self, say: Callable[[str], None], records: dict[str, Record]) -> None:
+        for case in self.cases:
+            record = records.get(case.work_id)
+            if record is None:
+                continue
+            say(f"\n{case.name}  {case.work_id}")
+            for turn in [*record.get("history", ()), record]:
+                start = int(turn["timeline"][0]["at"])
+                for moment in turn["timeline"]:
+                    say(f"  {(int(moment['at']) - start) / 1000:7.1f} s  {moment['event']}")
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"[{time.monotonic() - began:5.1f} s] {text}", markup=False, highlight=False)
+
+    with running(options.time_scale, say, PARAMETERS) as stack:
+        demo = Demo(stack)
+        demo.queue()
+        say(f"{len(demo.cases)} sessions queued")
+        seen: dict[str, str] = {}
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+
+            def show(records: dict[str, Record]) -> None:
+                if console.is_terminal:
+                    live.update(demo.table(records), refresh=True)
+                    return
+                for case in demo.cases:
+                    phase = records.get(case.work_id, {}).get("phase", "queued")
+                    if seen.get(case.name) != phase:
+                        seen[case.name] = phase
+                        say(f"{case.name}: {phase}")
+
+            try:
+                records, faults = demo.serve(options.timeout, show), []
+            except TimeoutError as stuck:
+                records, faults = demo.records(), [f"not done within {options.timeout:.0f} s: {stuck}"]
+        demo.timelines(lambda line: console.print(line, markup=False, highlight=False), records)
+        console.print(demo.table(records))
+        faults = faults or demo.faults(records)
+        outcomes = [record.get("outcome") for record in records.values()]
+        stranded = sum(record["phase"] != "stopped" for record in records.values())
+        stranded += sum(case.work_id not in records for case in demo.cases)
+        left = sum(task["lastStatus"] != "STOPPED" for task in demo.tasks(stack.client("ecs")))
+        left += len(demo.sandboxes())
+    for fault in faults:
+        console.print(f"demo failed: {fault}", markup=False, highlight=False)
+    print(
+        f"demo: sessions={len(demo.cases)} completed={outcomes.count('completed')} "
+        f"stopped={outcomes.count('stopped') + outcomes.count('no_sandbox')} lost={outcomes.count('lost')} "
+        f"failed={len(faults)} stranded={stranded} sandboxes_left={left} seconds={time.monotonic() - began:.0f}"
+    )
+    return 1 if faults or stranded or left else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="demo", description=__doc__)
+    parser.add_argument("--time-scale", type=float, default=0.1, help="speed of schedules: 0.1 makes a minute 6 s")
+    parser.add_argument("--timeout", type=float, default=180, help="seconds until what has not ended counts as failed")
+    options = parser.parse_args()
+    if not 0 < options.time_scale <= 1:
+        parser.error("--time-scale must be over 0 and at most 1")
+    console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run(options, console)
+    except KeyboardInterrupt:
+        console.print("interrupted: everything that was started has been ended")
+        return 130
+    except (StackFailed, httpx.HTTPError) as failure:
+        console.print(f"demo failed: {failure}", markup=False, highlight=False)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

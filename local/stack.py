@@ -1,0 +1,206 @@
+"""Starts the local stack and deploys the real template to it; ends all of it. No scenarios (demo.py)."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import queue
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT_ID = "env_demo"
+STACK = "sandbox-fleet"
+_READY_SECONDS = 60.0
+_DEPLOY_SECONDS = 300.0
+_SOURCES = ("template.yaml", "functions", "shared", "statemachine")
+
+
+class StackFailed(Exception):
+    """The stack could not be started or deployed; the message says why and what to do."""
+
+
+@dataclass
+class Stack:
+    """A deployed stack: where its parts answer, and what they printed."""
+
+    api_url: str
+    aws_url: str
+    outputs: dict[str, str]
+    environment_key: str = field(repr=False)
+    printed: list[str] = field(default_factory=list, repr=False)
+
+    def client(self, service: str) -> Any:
+        """A boto3 client of the local AWS."""
+        return boto3.client(service, endpoint_url=self.aws_url, **_credentials())  # type: ignore[call-overload]
+
+
+def _credentials() -> dict[str, str]:
+    return {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+
+
+@contextlib.contextmanager
+def running(time_scale: float, say: Callable[[str], None], parameters: dict[str, str]) -> Iterator[Stack]:
+    """The emulator and the local AWS with the template deployed; all processes are gone at the end."""
+    key, printed = f"sk-ant-oat01-{secrets.token_urlsafe(24)}", list[str]()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-fleet-")))
+        api_url = stack.enter_context(
+            _child(
+                [sys.executable, "-m", "local.work_api", "--port", "0", "--environment-id", ENVIRONMENT_ID],
+                "work api emulator ready on ",
+                printed,
+                ANTHROPIC_ENVIRONMENT_KEY=key,
+                ANTHROPIC_API_KEY=f"sk-ant-api03-{secrets.token_urlsafe(24)}",
+            )
+        )
+        say(f"Work API emulator on {api_url}")
+        images = folder / "images.json"
+        images.write_text(json.dumps({"sandbox": _sandbox_process()}))
+        aws_url = stack.enter_context(
+            _child(
+                [
+                    str(ROOT / ".venv-aws/bin/python"),
+                    *("-m", "local.aws", "--port", "0", "--time-scale", str(time_scale), "--stop-at-stdin-eof"),
+                    *("--images", str(images), "--state-dir", str(folder / "aws"), "--log-level", "ERROR"),
+                ],
+                "local aws ready on ",
+                printed,
+            )
+        )
+        say(f"local AWS on {aws_url}")
+        if _build(say):
+            say("template built by sam build")
+        outputs = _deploy(aws_url, {"EnvironmentId": ENVIRONMENT_ID, "BaseUrl": api_url, **parameters})
+        say(f"stack {STACK} deployed by sam deploy")
+        deployed = Stack(api_url, aws_url, outputs, key, printed)
+        deployed.client("secretsmanager").put_secret_value(
+            SecretId=outputs["EnvironmentKeySecretArn"], SecretString=key
+        )
+        yield deployed
+
+
+def _sandbox_process() -> dict[str, Any]:
+    """What a sandbox is here: the same runner in a process, with the task's scratch folder as its workspace."""
+    start = (
+        "import os, runpy; os.environ['FLEET_WORKDIR'] = os.getcwd(); runpy.run_module('runner', run_name='__main__')"
+    )
+    python = str(ROOT / ".venv-sandbox/bin/python")
+    return {"argv": [python, "-P", "-c", start], "env": {"PYTHONPATH": str(ROOT / "sandbox")}}
+
+
+@contextlib.contextmanager
+def _child(argv: list[str], ready: str, printed: list[str], **environment: str) -> Iterator[str]:
+    """A child process that said where it listens; what it prints is kept."""
+    process = subprocess.Popen(
+        argv,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches us alone; we end it in order
+    )
+    said: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in process.stdout or ():
+            printed.append(line.rstrip())
+            if line.startswith(ready):
+                said.put(line[len(ready) :].strip())
+        said.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        try:
+            address = said.get(timeout=_READY_SECONDS)
+        except queue.Empty:
+            address = None
+        if address is None:
+            last = printed[-1] if printed else "it printed nothing"
+            raise StackFailed(f"{' '.join(argv[1:4])} did not start: {last}")
+        yield address
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _build(say: Callable[[str], None]) -> bool:
+    """`sam build`, unless the sources are those of the last build."""
+    digest = hashlib.sha256()
+    for source in _SOURCES:
+        path = ROOT / source
+        for part in sorted([path] if path.is_file() else path.rglob("*")):
+            if part.is_file() and "__pycache__" not in part.parts:
+                digest.update(part.relative_to(ROOT).as_posix().encode() + part.read_bytes())
+    mark = ROOT / ".aws-sam" / "built-for-local"
+    if mark.exists() and mark.read_text() == digest.hexdigest():
+        return False
+    say("building the template")
+    version = _sam_python()
+    _sam("build", LAYER_PYTHON=version, LAYER_MACHINE=platform.machine().replace("arm64", "aarch64"))
+    mark.write_text(digest.hexdigest())
+    return True
+
+
+def _sam_python() -> str:
+    """The Python that the local AWS runs functions with, whatever their Runtime says."""
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    return subprocess.check_output([ROOT / ".venv-aws/bin/python", "-c", code], text=True).strip()
+
+
+def _deploy(aws_url: str, parameters: dict[str, str]) -> dict[str, str]:
+    architecture = "arm64" if platform.machine() in ("arm64", "aarch64") else "x86_64"
+    values = {
+        "SandboxImage": "sandbox:local",
+        "SubnetIds": "subnet-00000000000000001",
+        "SecurityGroupIds": "sg-00000000000000001",
+        "Architecture": architecture,
+        **parameters,
+    }
+    _sam(
+        *("deploy", "--stack-name", STACK, "--resolve-s3", "--capabilities", "CAPABILITY_IAM"),
+        *("--no-confirm-changeset", "--no-progressbar", "--parameter-overrides"),
+        *(f"{name}={value}" for name, value in values.items()),
+        AWS_ENDPOINT_URL=aws_url,
+    )
+    client = boto3.client("cloudformation", endpoint_url=aws_url, **_credentials())
+    described = client.describe_stacks(StackName=STACK)["Stacks"][0]
+    return {output["OutputKey"]: output["OutputValue"] for output in described["Outputs"]}
+
+
+def _sam(*arguments: str, **environment: str) -> None:
+    fixed = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "SAM_CLI_TELEMETRY": "0",
+        "SAM_CLI_POLL_DELAY": "0.3",
+    }
+    done = subprocess.run(
+        [ROOT / ".venv-sam/bin/sam", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **fixed, **environment},
+        capture_output=True,
+        text=True,
+        timeout=_DEPLOY_SECONDS,
+        check=False,
+    )
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        raise StackFailed(f"sam {arguments[0]} failed:\n  " + "\n  ".join(lines[-12:]))
