@@ -179,7 +179,7 @@ def _deploy(aws_url: str, parameters: dict[str, str]) -> dict[str, str]:
         *(f"{name}={value}" for name, value in values.items()),
         AWS_ENDPOINT_URL=aws_url,
     )
-    client = boto3.client("cloudformation", endpoint_url=aws_url, **_credentials())
+    client: Any = boto3.client("cloudformation", endpoint_url=aws_url, **_credentials())  # type: ignore[call-overload]
     described = client.describe_stacks(StackName=STACK)["Stacks"][0]
     return {output["OutputKey"]: output["OutputValue"] for output in described["Outputs"]}
 

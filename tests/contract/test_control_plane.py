@@ -154,7 +154,7 @@ class Plane:
 
     def api_state(self, work_id: str) -> str:
         state = self.emulator.control("GET", "state")
-        return next(item["state"] for item in state["work"] if item["id"] == work_id)
+        return str(next(item["state"] for item in state["work"] if item["id"] == work_id))
 
     def stops(self) -> list[dict[str, Any]]:
         calls = self.emulator.control("GET", "state")["calls"]
@@ -210,7 +210,8 @@ def test_a_claim_whose_reply_was_lost_is_recognised_by_continuity(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work_id = plane.queue_session()
-    real, lost = plane.api.heartbeat, []
+    real = plane.api.heartbeat
+    lost: list[Any] = []
 
     def lose_first(*arguments: Any, **options: Any) -> Any:
         reply = real(*arguments, **options)
