@@ -51,7 +51,7 @@ def test_of_two_writers_of_one_revision_the_second_conflicts(store: Store) -> No
 
 def test_a_change_is_decided_on_the_newest_record(store: Store) -> None:
     saved = store.save(received())
-    seen = []
+    seen: list[str] = []
 
     def decide(record: Record) -> Record:
         if not seen:
