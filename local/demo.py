@@ -19,7 +19,7 @@ from rich.table import Table
 from local.stack import Stack, StackFailed, running
 
 POLL_SECONDS = 1.0
-PARAMETERS = {"LeaseTtlSeconds": "40", "MaxIdleSeconds": "1", "StopTimeoutSeconds": "20", "PollWindowSeconds": "0"}
+PARAMETERS = {"LeaseTtlSeconds": "60", "MaxIdleSeconds": "1", "StopTimeoutSeconds": "20", "PollWindowSeconds": "0"}
 
 Record = dict[str, Any]
 

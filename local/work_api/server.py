@@ -1,11 +1,13 @@
 """The emulator over HTTP: routes, parameters and the error envelope; no rules of the queue or the agent.
 
-`/v1/` is the API as WORK_API.md (W§n) tells it; `/_control/` is ours, without credentials, for tests.
+`/v1/` is the API as WORK_API.md (W§n) tells it; `/_control/` is ours, for tests: no credentials, loopback only.
 """
 
 import asyncio
 import contextlib
+import ipaddress
 import json
+import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -19,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from local.work_api.access import Access, Caller
-from local.work_api.sessions import Event, Session, Sessions, read_script
+from local.work_api.sessions import Event, Session, Sessions, read_events, read_script
 from local.work_api.state import DEFAULT_LIMIT, DEFAULT_RECLAIM_MS, Refusal, WorkQueue, timestamp
 
 BETA = "managed-agents-2026-04-01"
@@ -57,11 +59,7 @@ class Emulator:
             session.close_streams()
 
     def _routes(self) -> list[Route]:
-        work, session, control = (
-            "/v1/environments/{environment_id}/work",
-            "/v1/sessions/{session_id}",
-            "/_control",
-        )
+        work, session = "/v1/environments/{environment_id}/work", "/v1/sessions/{session_id}"
         # The literals come before {work_id} (W§1).
         return [
             Route(work, self._work("list", self._list), methods=["GET"]),
@@ -77,15 +75,15 @@ class Emulator:
             Route(f"{session}/events", self._post_events, methods=["POST"]),
             Route(f"{session}/events/stream", self._stream, methods=["GET"]),
             Route("/v1/skills/{rest:path}", self._no_skill, methods=["GET"]),
-            Route(f"{control}/sessions", self._new_sessions, methods=["POST"]),
-            Route(f"{control}/sessions/{{session_id}}/messages", self._new_message, methods=["POST"]),
-            Route(f"{control}/work", self._new_work, methods=["POST"]),
-            Route(f"{control}/work/{{work_id}}/stop", self._control_stop, methods=["POST"]),
-            Route(f"{control}/work/{{work_id}}/take_lease", self._take_lease, methods=["POST"]),
-            Route(f"{control}/work/{{work_id}}/finish_foreign", self._finish_foreign, methods=["POST"]),
-            Route(f"{control}/clock", self._clock, methods=["POST"]),
-            Route(f"{control}/state", self._state, methods=["GET"]),
-            Route(f"{control}/secrets", self._secrets, methods=["GET"]),
+            self._control("sessions", self._new_sessions),
+            self._control("sessions/{session_id}/messages", self._new_message),
+            self._control("work", self._new_work),
+            self._control("work/{work_id}/stop", self._control_stop),
+            self._control("work/{work_id}/take_lease", self._take_lease),
+            self._control("work/{work_id}/finish_foreign", self._finish_foreign),
+            self._control("clock", self._clock),
+            self._control("state", self._state, "GET"),
+            self._control("secrets", self._secrets, "GET"),
         ]
 
     # The work endpoints
@@ -181,9 +179,7 @@ class Emulator:
 
     async def _post_events(self, request: Request) -> Response:
         session, caller = self._reach_session(request)
-        events = (await _json(request)).get("events")
-        if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
-            raise Refusal(400, "events must be a list of events.")
+        events = read_events((await _json(request)).get("events"))
         for event in events:
             self._access.check_event(caller, event)
         kept: list[Event] = []
@@ -224,6 +220,18 @@ class Emulator:
 
     # The control routes
 
+    def _control(self, path: str, answer: Handler, method: str = "POST") -> Route:
+        async def handle(request: Request) -> Response:
+            _check_loopback(request)
+            return await answer(request)
+
+        return Route(f"/_control/{path}", handle, methods=[method])
+
+    def _foreign(self, call: str, work_id: str, *, force: bool | None = None) -> None:
+        """What somebody else did, in its place among the recorded calls."""
+        record = {"at": timestamp(self._now()), "call": call, "work_id": work_id, "credential": "control"}
+        self._calls.append(record | {"status": 200, "force": force})
+
     async def _new_sessions(self, request: Request) -> Response:
         body = await _json(request)
         script, count = read_script(body.get("script")), body.get("count", 1)
@@ -253,13 +261,19 @@ class Emulator:
 
     async def _control_stop(self, request: Request) -> Response:
         force = _flag(await _json(request), "force")
-        return _reply(self._queue.stop(request.path_params["work_id"], force=force).body())
+        item = self._queue.stop(request.path_params["work_id"], force=force)
+        self._foreign("control_stop", item.id, force=force)
+        return _reply(item.body())
 
     async def _take_lease(self, request: Request) -> Response:
-        return _reply(self._queue.take_lease(request.path_params["work_id"]).body())
+        item = self._queue.take_lease(request.path_params["work_id"])
+        self._foreign("take_lease", item.id)
+        return _reply(item.body())
 
     async def _finish_foreign(self, request: Request) -> Response:
-        return _reply(self._queue.stop(request.path_params["work_id"], force=True).body())
+        item = self._queue.stop(request.path_params["work_id"], force=True)
+        self._foreign("finish_foreign", item.id, force=True)
+        return _reply(item.body())
 
     async def _clock(self, request: Request) -> Response:
         seconds = (await _json(request)).get("advance_seconds")
@@ -357,15 +371,25 @@ def _envelope(refusal: Refusal) -> Response:
     return JSONResponse(body, refusal.status, headers)
 
 
-async def _refused(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
+def _log_refusal(request: Request, refusal: Refusal) -> None:
+    """One line on stderr: the path still percent-encoded and without its query, no header, no body."""
+    path = request.scope["raw_path"].decode("ascii", "replace")
+    message = " ".join(refusal.message.split())
+    print(f"refused {request.method} {path}: {refusal.status} {refusal.type}: {message}", file=sys.stderr, flush=True)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)  # noqa: S101 - registered for it alone
+    _log_refusal(request, error)
     return _envelope(error)
 
 
-async def _no_route(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
+async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-    return _envelope(Refusal(error.status_code, str(error.detail), type=kind))
+    refusal = Refusal(error.status_code, str(error.detail), type=kind)
+    _log_refusal(request, refusal)
+    return _envelope(refusal)
 
 
 async def _failed(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
@@ -376,6 +400,11 @@ def _check_beta(request: Request) -> None:
     values = ",".join(request.headers.getlist("anthropic-beta"))
     if BETA not in {value.strip() for value in values.split(",")}:
         raise Refusal(404, "Not found", type="not_found_error")  # W§8: beta routes look absent without it
+
+
+def _check_loopback(request: Request) -> None:
+    if request.client is None or not ipaddress.ip_address(request.client.host).is_loopback:
+        raise Refusal(403, "The control routes answer this machine only.", type="permission_error")
 
 
 def _token(request: Request) -> str | None:

@@ -45,6 +45,15 @@ def read_script(value: Any) -> list[Step]:
     return steps
 
 
+def read_events(value: Any) -> list[Event]:
+    """Checks events posted from outside; raises Refusal 400 unless each is an object of a `user.` type."""
+    if not isinstance(value, list) or not all(isinstance(event, dict) for event in value):
+        raise Refusal(400, "events must be a list of events.")
+    if not all(isinstance(event.get("type"), str) and event["type"].startswith("user.") for event in value):
+        raise Refusal(400, "An event's type must be one that a user or a runner sends: user....")
+    return value
+
+
 @dataclass
 class Session:
     """A session's history, who listens, and how far its agent is; create it with `Sessions.create`."""
@@ -138,7 +147,7 @@ class Session:
         if not all(texts):
             raise Refusal(400, "text content blocks must be non-empty.")  # W§11.2
         asked = self._asked[0] if self._asked else None
-        if used != asked and used not in self._answered:
+        if not isinstance(used, str) or (used != asked and used not in self._answered):
             raise Refusal(400, f"tool_use_id {used} is no tool call of this session that awaits a result.")
         kept = self._emit(event)
         if used == asked:  # a result sent twice changes nothing

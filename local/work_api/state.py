@@ -92,7 +92,7 @@ class WorkQueue:
         self.environment_id = environment_id
         self._now = now
         self._items: dict[str, Item] = {}
-        self._last_beat: datetime | None = None
+        self._last_stamp: datetime | None = None
         self._workers: dict[str, datetime] = {}
 
     def items(self) -> list[Item]:
@@ -148,7 +148,7 @@ class WorkQueue:
                 409,
                 f"Work item {item.id} must be in QUEUED state to acknowledge. Current state: {item.state}.",
             )
-        item.state, item.acknowledged_at = "starting", self._now()
+        item.state, item.acknowledged_at = "starting", self._stamp()
         return item
 
     def heartbeat(
@@ -165,14 +165,13 @@ class WorkQueue:
         claims = expected == NO_HEARTBEAT and item.state == "starting"
         if not (expected is None or claims or (actual is not None and expected == actual)):
             raise self._precondition_failed(item, expected)
-        now = self._now()
         if item.acknowledged_at is None:  # a beat without an expected value also acks (W§6.2)
-            item.acknowledged_at = now
+            item.acknowledged_at = self._stamp()
         if desired_ttl_seconds is not None:
             item.ttl_seconds = min(max(desired_ttl_seconds, LEAST_TTL_SECONDS), MOST_TTL_SECONDS)
         else:
             item.ttl_seconds = DEFAULT_TTL_SECONDS
-        item.state, item.latest_heartbeat_at = "active", self._next_beat(now)
+        item.state, item.latest_heartbeat_at = "active", self._stamp()
         return self._beat_reply(item, extended=True)
 
     def stop(self, work_id: str, *, force: bool = False) -> Item:
@@ -258,15 +257,17 @@ class WorkQueue:
                 self._queue_again(item)
 
     def _queue_again(self, item: Item) -> None:
-        item.state, item.started_at, item.ttl_seconds = "queued", self._now(), DEFAULT_TTL_SECONDS
+        item.state, item.started_at, item.ttl_seconds = "queued", self._stamp(), DEFAULT_TTL_SECONDS
         item.polled_at = item.acknowledged_at = item.latest_heartbeat_at = None
         item.stop_requested_at = item.stopped_at = None
 
-    def _next_beat(self, now: datetime) -> datetime:
-        # Two beats within a clock tick must still differ, or a stale value would pass.
-        if self._last_beat is not None:
-            now = max(now, self._last_beat + _MICROSECOND)
-        self._last_beat = now
+    def _stamp(self) -> datetime:
+        # Re-queue, ack and beats within one clock tick must still differ and keep their order: a stale value
+        # would pass, and the 412's `lease_updated_at` would not lie between the old holder's beat and the new one's.
+        now = self._now()
+        if self._last_stamp is not None:
+            now = max(now, self._last_stamp + _MICROSECOND)
+        self._last_stamp = now
         return now
 
     def _beat_reply(self, item: Item, *, extended: bool) -> dict[str, Any]:

@@ -47,6 +47,12 @@ async def drained(emulator: RunningEmulator, client: AsyncAnthropic) -> list[Any
 async def serve_one(emulator: RunningEmulator, client: AsyncAnthropic, workdir: Path) -> Any:
     """The one queued item, through a whole turn by the SDK's worker."""
     [item] = await drained(emulator, client)
+    await handled(emulator, client, item, workdir)
+    return item
+
+
+async def handled(emulator: RunningEmulator, client: AsyncAnthropic, item: Any, workdir: Path) -> None:
+    """What the SDK's worker does with an item that is already acked."""
     worker = client.beta.environments.work.worker(
         environment_key=emulator.environment_key, workdir=workdir, max_idle=0.1
     )
@@ -56,7 +62,6 @@ async def serve_one(emulator: RunningEmulator, client: AsyncAnthropic, workdir: 
         session_id=item.data.id,
         work_secret=item.secret,
     )
-    return item
 
 
 def test_the_poller_drains_and_acks_the_queue(emulator: RunningEmulator) -> None:
@@ -99,6 +104,117 @@ def test_a_result_without_the_expected_text_is_a_mismatch(emulator: RunningEmula
     run(emulator, body)
     [mismatch] = emulator.control("GET", "state")["sessions"][0]["mismatches"]
     assert (mismatch["expect"], mismatch["text"]) == ("another", "one")
+
+
+def test_the_sdk_reads_every_reply_of_the_eight_calls(emulator: RunningEmulator) -> None:
+    work_id = new_session(emulator)
+    env = emulator.environment_id
+
+    async def body(client: AsyncAnthropic) -> None:
+        work = client.beta.environments.work
+        before = await work.stats(env)
+        polled = await work.poll(env, anthropic_worker_id="worker-1")
+        after = await work.stats(env)
+        assert polled is not None
+        assert (polled.id, polled.state, bool(polled.secret)) == (work_id, "queued", True)
+        assert (before.depth, before.pending, before.workers_polling) == (1, 0, 0)
+        assert (after.depth, after.pending, after.workers_polling) == (0, 1, 1)
+        assert (await work.ack(work_id, environment_id=env)).state == "starting"
+        beat = await work.heartbeat(
+            work_id, environment_id=env, expected_last_heartbeat=NO_HEARTBEAT, desired_ttl_seconds=120
+        )
+        assert (beat.state, beat.lease_extended, beat.ttl_seconds) == ("active", True, 120)
+        listed = [item async for item in work.list(env, limit=1)]
+        assert [(item.id, item.secret, item.latest_heartbeat_at) for item in listed] == [
+            (work_id, None, beat.last_heartbeat)
+        ]
+        async with AsyncAnthropic(auth_token=emulator.org_key, base_url=emulator.url, max_retries=0) as manager:
+            managed = manager.beta.environments.work
+            await managed.update(work_id, environment_id=env, metadata={"owner": "a", "old": "b"})
+            kept = await managed.update(work_id, environment_id=env, metadata={"old": None})
+            assert kept.metadata == {"owner": "a"}
+            assert (await managed.retrieve(work_id, environment_id=env)).metadata == {"owner": "a"}
+        assert (await work.stop(work_id, environment_id=env)).state == "stopping"
+        stopped = await work.stop(work_id, environment_id=env, force=True)
+        assert (stopped.state, stopped.stopped_at is None) == ("stopped", False)
+        assert await work.poll(env) is None
+
+    run(emulator, body)
+
+
+def test_the_sdks_list_follows_the_pages(emulator: RunningEmulator) -> None:
+    made = {each["work_id"] for each in emulator.control("POST", "sessions", {"count": 5})["sessions"]}
+
+    async def body(client: AsyncAnthropic) -> None:
+        listed = [item.id async for item in client.beta.environments.work.list(emulator.environment_id, limit=2)]
+        assert (len(listed), set(listed)) == (5, made)
+
+    run(emulator, body)
+
+
+def test_the_workers_own_loop_serves_a_session_and_passes_by_a_healthcheck(
+    emulator: RunningEmulator, tmp_path: Path
+) -> None:
+    health = emulator.control("POST", "work", {"type": "healthcheck"})["work_id"]
+    session_id = new_session(emulator, bash("echo looped", "looped"))
+
+    def states() -> dict[str, str]:
+        return {item["id"]: item["state"] for item in emulator.control("GET", "state")["work"]}
+
+    async def body(client: AsyncAnthropic) -> None:
+        worker = client.beta.environments.work.worker(
+            environment_id=emulator.environment_id,
+            environment_key=emulator.environment_key,
+            workdir=tmp_path,
+            max_idle=0.1,
+        )
+        running = asyncio.create_task(worker.run())
+        while set((await asyncio.to_thread(states)).values()) != {"stopped"}:
+            assert not running.done(), running.exception()
+            await asyncio.sleep(0.01)
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+    run(emulator, body)
+    state = emulator.control("GET", "state")
+    [session] = state["sessions"]
+    assert (session["session_id"], session["turns_finished"], session["mismatches"]) == (session_id, 1, [])
+    assert [call["call"] for call in state["calls"] if call["work_id"] == health] == ["poll", "ack", "stop"]
+
+
+def test_a_worker_confirms_a_graceful_stop_by_force(emulator: RunningEmulator, tmp_path: Path) -> None:
+    work_id = new_session(emulator, bash("sleep 50", ""))
+
+    async def body(client: AsyncAnthropic) -> None:
+        [item] = await drained(emulator, client)
+        emulator.control("POST", f"work/{work_id}/stop", {"force": False})
+        await handled(emulator, client, item, tmp_path)
+
+    run(emulator, body)
+    state = emulator.control("GET", "state")
+    [item] = state["work"]
+    assert item["state"] == "stopped"
+    assert item["stop_requested_at"] < item["stopped_at"]
+    stops = [(call["call"], call["force"]) for call in state["calls"] if "stop" in call["call"]]
+    assert stops == [("control_stop", False), ("stop", True)]
+
+
+def test_a_worker_that_lost_its_lease_posts_no_stop(emulator: RunningEmulator, tmp_path: Path) -> None:
+    work_id = new_session(emulator, bash("sleep 50", ""))
+
+    async def body(client: AsyncAnthropic) -> None:
+        [item] = await drained(emulator, client)
+        emulator.control("POST", f"work/{work_id}/take_lease")
+        await handled(emulator, client, item, tmp_path)
+
+    run(emulator, body)
+    state = emulator.control("GET", "state")
+    assert state["work"][0]["state"] == "active"
+    assert [call["status"] for call in state["calls"] if call["call"] == "heartbeat"] == [412]
+    assert not [call for call in state["calls"] if call["call"] == "stop"]
+    emulator.control("POST", f"work/{work_id}/finish_foreign")
+    assert emulator.control("GET", "state")["work"][0]["state"] == "stopped"
 
 
 def test_a_lost_lease_is_a_412_with_the_foreign_value(emulator: RunningEmulator) -> None:

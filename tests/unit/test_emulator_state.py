@@ -269,6 +269,18 @@ def test_a_taken_lease_refuses_the_old_holder_with_a_foreign_value(queue: WorkQu
     assert current["last_heartbeat"] not in (None, ours)
 
 
+def test_a_taken_lease_was_updated_between_the_old_beat_and_the_new_even_in_one_tick(queue: WorkQueue) -> None:
+    item = item_in(queue, "active")
+    ours = timestamp(item.latest_heartbeat_at)
+    queue.take_lease(item.id)
+    with pytest.raises(Refusal) as caught:
+        queue.heartbeat(item.id, ours)
+    assert caught.value.details is not None
+    current = caught.value.details["current_state"]
+    assert ours is not None
+    assert ours < current["lease_updated_at"] < current["last_heartbeat"]
+
+
 def test_an_unknown_id_is_not_found(queue: WorkQueue) -> None:
     with pytest.raises(Refusal) as caught:
         queue.heartbeat("sesn_none", NO_HEARTBEAT)
