@@ -89,6 +89,7 @@ class Record(BaseModel):
     stop_reason: str | None = None
     stop_outcome: Outcome | None = None
     post_stop: bool = False  # the item must still be force-stopped by us
+    posting_until: int | None = None  # a stop of ours may be on its way until then: nobody posts another
     stop_task_from: int | None = None  # not before this time: a sandbox that ended its own turn may exit by itself
     stop_task_sent_at: int | None = None
     dead: bool = False  # proof that the container of this attempt is dead

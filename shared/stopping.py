@@ -1,5 +1,6 @@
 """Makes wanted stops true: the sandbox dead first, then the item, then the record (DESIGN §7). Each step may repeat."""
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from shared.work_api import Gone, WorkApi, WorkApiError
 
 ROUND_BUDGET_MS = 10_000
 _AT_ONCE = 8
+_AFTER_ECHO_MS = 5_000
+_IN_FLIGHT_MS = 15_000  # the echo, the stop and its time-out
 _NEWEST = 1 << 31  # a description is the newest word: no event is newer
 
 
@@ -121,8 +124,11 @@ class Stopper:
 
     def _finish(self, record: Record) -> bool:
         """The container is dead: post the stop if it is still ours to post, then close the turn."""
-        if record.post_stop and not self._posted(record):
-            return False
+        if record.post_stop:
+            after = self._post(record)
+            if after is None:
+                return False
+            record = after
         self.store.save(lifecycle.closed(record, self.now(), retention_seconds=self.config.retention_seconds))
         log.info(
             "turn ended",
@@ -134,21 +140,29 @@ class Stopper:
         )
         return True
 
-    def _posted(self, record: Record) -> bool:
-        """True when nothing is left to post. A stop names no lease, so it follows an echo of ours, at once, once."""
+    def _post(self, record: Record) -> Record | None:
+        """The newest record once nothing is left to post; None: the next round goes on.
+
+        A stop names no lease, so it follows an echo of ours within 5 s, is sent once, and by one stopper alone: the
+        record says that it is on its way before it is.
+        """
         lease = self.store.get_leases([record.work_id]).get(record.work_id)
         if lease is None or lease.over or lease.turn != record.turn:
-            return True
+            return record
+        echoed_at = self.now()
+        if echoed_at < (record.posting_until or 0):
+            return None
         result = self.keeper.beat(lease)
         if result is None:  # 404: nothing to stop
-            return True
+            return record
         self.store.save_lease(result.lease, lease)
         if result.lease.over:
-            return True
+            return record
         if not result.accepted:
-            return False
-        try:
+            return None
+        posting = self.store.save(record.noted(self.now(), "posting the stop", posting_until=echoed_at + _IN_FLIGHT_MS))
+        if self.now() > echoed_at + _AFTER_ECHO_MS:
+            return None
+        with contextlib.suppress(Gone):
             self.api.stop(record.work_id, force=True)
-        except Gone:
-            return True
-        return True
+        return posting

@@ -461,3 +461,45 @@ def test_the_last_word_needs_the_callback_secret_and_ends_the_turn(plane: Plane)
     plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 11))
     assert plane.stop() == 1
     assert plane.record(work_id).outcome is Outcome.UNSERVED
+
+
+def test_of_two_stoppers_on_one_ended_turn_only_one_posts_the_stop(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Observer and loop may both wake a stopper: a second stop could end the session's next turn (DESIGN §7)."""
+    work_id, arn = plane.run_to_running()
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 0))
+    real = plane.api.stop
+    nested: list[bool] = []
+
+    def stop_while_another_looks(*arguments: Any, **options: Any) -> Any:
+        if not nested:
+            nested.append(True)
+            assert plane.stopper.settle([work_id]) == 0
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(plane.api, "stop", stop_while_another_looks)
+    assert plane.stopper.settle([work_id]) == 1
+    assert len(plane.stops()) == 1
+    assert plane.record(work_id).outcome is Outcome.COMPLETED
+
+
+def test_a_stop_whose_reply_was_lost_is_repeated_only_after_another_echo(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The item may be a new turn's by then: the echo finds it stopped and nothing more is posted."""
+    _work_id, arn = plane.run_to_running()
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 0))
+    real = plane.api.stop
+
+    def lose(*arguments: Any, **options: Any) -> Any:
+        real(*arguments, **options)
+        raise Unanswered("reply lost")
+
+    monkeypatch.setattr(plane.api, "stop", lose)
+    assert plane.stop() == 0
+    plane.pass_seconds(1)
+    assert plane.stop() == 0  # the one in flight may still be on its way
+    plane.pass_seconds(20)
+    assert plane.stop() == 1
+    assert len(plane.stops()) == 1
