@@ -1,6 +1,7 @@
 """The main job on a local stack: eight kinds of sessions, each seen through to its right end. `make demo` runs it."""
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 from boto3.dynamodb.types import TypeDeserializer
+from botocore.exceptions import BotoCoreError, ClientError
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -44,6 +46,7 @@ class Case:
     act: Callable[["Demo", "Case", Record], bool] | None = None  # tried until it says that it is done
     work_id: str = ""
     acted: bool = False
+    taken: bool = False  # another worker holds the lease
     attempts: int = 1
 
     def ended(self, record: Record | None) -> bool:
@@ -66,16 +69,24 @@ def forced_stop(demo: "Demo", case: Case, _: Record) -> bool:
     return demo.mid_tool(case) and demo.control("POST", f"work/{case.work_id}/stop", {"force": True}) is not None
 
 
-def take_lease(demo: "Demo", case: Case, _: Record) -> bool:
-    return demo.mid_tool(case) and demo.control("POST", f"work/{case.work_id}/take_lease") is not None
+def take_lease(demo: "Demo", case: Case, record: Record) -> bool:
+    """Takes it mid-tool; ends the other's turn once ours is over, before that lease lapses and is offered again."""
+    if not case.taken:
+        case.taken = demo.mid_tool(case) and demo.control("POST", f"work/{case.work_id}/take_lease") is not None
+        return False
+    if record["phase"] != "stopped":
+        return False
+    return demo.control("POST", f"work/{case.work_id}/finish_foreign") is not None
 
 
 def kill_sandbox(demo: "Demo", case: Case, _: Record) -> bool:
     if not demo.mid_tool(case):
         return False
-    for process in demo.sandboxes(case.work_id):
-        process.kill()
-    return True
+    found = demo.sandboxes(case.work_id)
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return bool(found)
 
 
 def cases() -> list[Case]:
@@ -200,6 +211,9 @@ class Demo:
                     f"{case.name}: {record['outcome']} at attempt {record['attempt']}, must be {case.outcome} "
                     f"at {case.attempts} ({record.get('reason')})"
                 )
+            for turn in record.get("history", ()):
+                if turn["outcome"] != case.outcome:
+                    found.append(f"{case.name}: its earlier turn ended {turn['outcome']}, must be {case.outcome}")
             session = sessions.get(case.work_id)
             if session and case.outcome == "completed":
                 if session["mismatches"]:
@@ -209,17 +223,22 @@ class Demo:
             stops = [c for c in state["calls"] if c["call"] == "stop" and c["work_id"] == case.work_id]
             if case.outcome == "lost" and stops:
                 found.append(f"{case.name}: a stop was posted after the lease was lost: {stops}")
-        lost = {case.work_id for case in self.cases if case.outcome == "lost"}
         found += [
-            f"{item['id']}: the API has it as {item['state']}"
-            for item in state["work"]
-            if item["state"] != "stopped" and item["id"] not in lost
+            f"{item['id']}: the API has it as {item['state']}" for item in state["work"] if item["state"] != "stopped"
         ]
-        return found + self.leaks()
+        return found + self.dead_letters() + self.leaks()
+
+    def dead_letters(self) -> list[str]:
+        names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+        queue = self.stack.client("sqs").get_queue_attributes(
+            QueueUrl=self.stack.outputs["DlqUrl"], AttributeNames=names
+        )
+        count = sum(int(queue["Attributes"][name]) for name in names)
+        return [f"{count} messages are in the dead-letter queue"] if count else []
 
     def leaks(self) -> list[str]:
         """Secret values in anything that an operator or ECS reader can see."""
-        secrets = [*self.control("GET", "secrets")["secrets"], self.stack.environment_key]
+        secrets = [*self.control("GET", "secrets")["secrets"], *self.stack.keys]
         places = {"DynamoDB": json.dumps(list(self.records().values()), default=str)}
         logs, ecs, loops = (self.stack.client(name) for name in ("logs", "ecs", "stepfunctions"))
         for page in logs.get_paginator("describe_log_groups").paginate():
@@ -233,7 +252,10 @@ class Demo:
             pages = loops.get_paginator("get_execution_history").paginate(executionArn=execution["executionArn"])
             places[execution["name"]] = json.dumps([e for p in pages for e in p["events"]], default=str)
         places["output of our processes"] = "\n".join(self.stack.printed)
-        return [f"a secret is in {place}" for place, text in places.items() if any(s in text for s in secrets)]
+        kinds = ("DynamoDB", "log ", "ECS", "lease-loop")
+        unread = [k for k in kinds if not any(text.strip("[]{} \n") for p, text in places.items() if p.startswith(k))]
+        found = [f"the leak check found nothing to read in {kind.strip()}" for kind in unread]
+        return found + [f"a secret is in {place}" for place, text in places.items() if any(s in text for s in secrets)]
 
     def tasks(self, ecs: Any) -> list[dict[str, Any]]:
         cluster = self.stack.outputs["ClusterArn"]
@@ -315,7 +337,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("interrupted: everything that was started has been ended")
         return 130
-    except (StackFailed, httpx.HTTPError) as failure:
+    except (StackFailed, httpx.HTTPError, BotoCoreError, ClientError) as failure:
         console.print(f"demo failed: {failure}", markup=False, highlight=False)
         return 1
 

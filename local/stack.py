@@ -23,6 +23,7 @@ ENVIRONMENT_ID = "env_demo"
 STACK = "sandbox-fleet"
 _READY_SECONDS = 60.0
 _DEPLOY_SECONDS = 300.0
+_END_SECONDS = 90.0  # the local AWS ends its children before itself; cut short, they still write as we clean up
 _SOURCES = ("template.yaml", "functions", "shared", "statemachine")
 
 
@@ -37,7 +38,7 @@ class Stack:
     api_url: str
     aws_url: str
     outputs: dict[str, str]
-    environment_key: str = field(repr=False)
+    keys: tuple[str, str] = field(repr=False)  # the environment key and the organisation key
     printed: list[str] = field(default_factory=list, repr=False)
 
     def client(self, service: str) -> Any:
@@ -53,6 +54,7 @@ def _credentials() -> dict[str, str]:
 def running(time_scale: float, say: Callable[[str], None], parameters: dict[str, str]) -> Iterator[Stack]:
     """The emulator and the local AWS with the template deployed; all processes are gone at the end."""
     key, printed = f"sk-ant-oat01-{secrets.token_urlsafe(24)}", list[str]()
+    organisation_key = f"sk-ant-api03-{secrets.token_urlsafe(24)}"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-fleet-")))
         api_url = stack.enter_context(
@@ -61,7 +63,7 @@ def running(time_scale: float, say: Callable[[str], None], parameters: dict[str,
                 "work api emulator ready on ",
                 printed,
                 ANTHROPIC_ENVIRONMENT_KEY=key,
-                ANTHROPIC_API_KEY=f"sk-ant-api03-{secrets.token_urlsafe(24)}",
+                ANTHROPIC_API_KEY=organisation_key,
             )
         )
         say(f"Work API emulator on {api_url}")
@@ -83,7 +85,7 @@ def running(time_scale: float, say: Callable[[str], None], parameters: dict[str,
             say("template built by sam build")
         outputs = _deploy(aws_url, {"EnvironmentId": ENVIRONMENT_ID, "BaseUrl": api_url, **parameters})
         say(f"stack {STACK} deployed by sam deploy")
-        deployed = Stack(api_url, aws_url, outputs, key, printed)
+        deployed = Stack(api_url, aws_url, outputs, (key, organisation_key), printed)
         deployed.client("secretsmanager").put_secret_value(
             SecretId=outputs["EnvironmentKeySecretArn"], SecretString=key
         )
@@ -134,7 +136,7 @@ def _child(argv: list[str], ready: str, printed: list[str], **environment: str) 
     finally:
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -149,7 +149,7 @@ class Claimer:
                 fresh = lifecycle.open_turn(record, work, now=self.now(), owner=owner, until=until, shard=SHARD)
                 saved = self.store.save(fresh)
                 self.loop.ensure(SHARD)
-                return self.claim(saved, repair=record is not None and record.is_live)
+                return self.claim(saved, repair=False)
         return False
 
     def repair(self, work_id: str, owner: str, until: int) -> bool:
@@ -167,11 +167,14 @@ class Claimer:
         return self.claim(locked, repair=True)
 
     def claim(self, record: Record, *, repair: bool) -> bool:
-        """Ack, claim, hold and send an item whose claim lock is ours."""
+        """Ack, claim, hold and send an item whose claim lock is ours.
+
+        `repair`: no offer has just proved the item queued, so a 409 may speak of our own ack before a crash.
+        """
         if record.acknowledged_at is None:
             try:
-                acked = self.api.ack(record.work_id)
-                record = self.store.save(record.noted(self.now(), "acked", acknowledged_at=acked.acknowledged_at))
+                reply = self.api.ack(record.work_id)
+                record = self.store.save(lifecycle.acked(record, reply.acknowledged_at, self.now()))
             except NotQueued:
                 if not repair and record.kind == "session":
                     return self._close(record, Outcome.NOT_OURS)
@@ -196,14 +199,8 @@ class Claimer:
                 state = lost.current_state
                 match lifecycle.judge_claim_refusal(record, state, ttl):
                     case Verdict.OURS if state and state.last_heartbeat:
-                        lease = Lease(
-                            work_id=record.work_id,
-                            turn=record.turn,
-                            value=state.last_heartbeat,
-                            ttl_seconds=state.ttl_seconds or ttl,
-                            accepted_sent_at=sent_at,
-                            due_at=sent_at,
-                        )
+                        granted = state.ttl_seconds or ttl
+                        lease = lifecycle.recognised_lease(record, state.last_heartbeat, granted, self.now())
                         return self._hold(record, lease)
                     case Verdict.LOST:
                         return self._close(record, Outcome.NOT_OURS)

@@ -12,6 +12,7 @@ from shared.diagnose import Diagnosis, Kind
 from shared.record import HISTORY_TURNS, Lease, Outcome, PastTurn, Phase, Record
 from shared.work_api import CurrentState, Heartbeat, Work
 
+ACKED = "acked"
 LEASE_MARGIN_MS = 5_000
 LONGEST_INTERVAL_MS = 30_000
 CLAIM_WINDOW_SECONDS = 30  # how long after our ack a claim can still be our own (DESIGN §5, rule 4)
@@ -87,6 +88,10 @@ def past_turn(record: Record) -> PastTurn:
     return PastTurn(**record.model_dump(include=set(PastTurn.model_fields)))
 
 
+def acked(record: Record, acknowledged_at: str | None, now: int) -> Record:
+    return record.noted(now, ACKED, acknowledged_at=acknowledged_at)
+
+
 def held(record: Record, now: int) -> Record:
     return record.noted(now, "held", phase=Phase.HELD, claim_owner="", claim_until=0)
 
@@ -99,6 +104,19 @@ def first_lease(record: Record, beat: Heartbeat, sent_at: int) -> Lease:
         ttl_seconds=beat.ttl_seconds,
         accepted_sent_at=sent_at,
         due_at=sent_at + interval_ms(beat.ttl_seconds),
+    )
+
+
+def recognised_lease(record: Record, value: str, ttl_seconds: int, now: int) -> Lease:
+    """The lease of a claim of ours whose reply was lost: dated from our ack, so that its deadline is never late."""
+    acked_at = next(moment.at for moment in reversed(record.timeline) if moment.event == ACKED)
+    return Lease(
+        work_id=record.work_id,
+        turn=record.turn,
+        value=value,
+        ttl_seconds=ttl_seconds,
+        accepted_sent_at=acked_at,
+        due_at=now,
     )
 
 
@@ -190,12 +208,13 @@ def after_beat(lease: Lease, beat: Heartbeat, sent_at: int) -> BeatResult:
     """What a 200 means; branches on `state` first (DESIGN §7)."""
     if beat.state == "stopped":
         return BeatResult(lease.model_copy(update={"over": "stopped"}), ALREADY_STOPPED)
+    ttl_seconds = beat.ttl_seconds if beat.lease_extended else lease.ttl_seconds
     kept = lease.model_copy(
         update={
             "value": beat.last_heartbeat or lease.value,
-            "ttl_seconds": beat.ttl_seconds if beat.lease_extended else lease.ttl_seconds,
+            "ttl_seconds": ttl_seconds,
             "accepted_sent_at": sent_at,
-            "due_at": sent_at + interval_ms(lease.ttl_seconds),
+            "due_at": sent_at + interval_ms(ttl_seconds),
         }
     )
     if beat.state == "stopping" or (beat.state == "active" and not beat.lease_extended):

@@ -7,7 +7,7 @@ from shared import wiring
 from shared.claiming import Claimer
 from shared.config import Missing, from_env
 from shared.log import log
-from shared.work_api import NotAllowed
+from shared.work_api import WorkApiError
 
 _SAFETY_MS = 5_000
 
@@ -34,6 +34,6 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, int]:
         return {"held": claimer().run(owner=context.aws_request_id, until=until)}
     except Missing as missing:
         log.warning(str(missing))
-    except NotAllowed as error:
+    except WorkApiError as error:
         log.error(error.message)
     return {"held": 0}

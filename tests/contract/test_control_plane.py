@@ -503,3 +503,45 @@ def test_a_stop_whose_reply_was_lost_is_repeated_only_after_another_echo(
     plane.pass_seconds(20)
     assert plane.stop() == 1
     assert len(plane.stops()) == 1
+
+
+def test_an_offered_item_that_another_worker_acks_first_is_left_to_it_even_after_our_crash(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The offer proved that our own ack never took effect, so the 409 speaks of someone else's (W§5.2)."""
+    work_id = plane.queue_session()
+    work = plane.api.poll()
+    assert work is not None
+    plane.store.save(lifecycle.open_turn(None, work, now=plane.time, owner="dead", until=plane.time + 1_000, shard="0"))
+    plane.pass_seconds(6)  # the lock has run out; the unacked item is offered again
+    monkeypatch.setattr(plane.claimer, "repair", lambda *_: False)  # the poll sees it first
+    real = plane.api.ack
+
+    def another_acks_first(item: str) -> Any:
+        real(item)
+        return real(item)
+
+    monkeypatch.setattr(plane.api, "ack", another_acks_first)
+    assert plane.poll() == 0
+    assert plane.record(work_id).outcome is Outcome.NOT_OURS
+    assert plane.api_state(work_id) == "starting"
+
+
+def test_the_lease_of_a_recognised_claim_is_dated_from_the_ack_not_from_the_retry(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our lease deadline may be early, never late: the claim that took effect was sent some time after the ack."""
+    work_id = plane.queue_session()
+    acked_at = plane.time
+    real, lost = plane.api.heartbeat, list[Any]()
+
+    def lose_first(*arguments: Any, **options: Any) -> Any:
+        if not lost:
+            lost.append(real(*arguments, **options))
+            plane.pass_seconds(8)
+            raise Unanswered("reply lost")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(plane.api, "heartbeat", lose_first)
+    assert plane.poll() == 1
+    assert plane.store.get_leases([work_id])[work_id].accepted_sent_at == acked_at
