@@ -323,6 +323,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return 1 if faults or stranded or left else 0
 
 
+def interrupt(*_: object) -> None:
+    """The first signal ends the run; further ones must not cut the clean-up short."""
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--time-scale", type=float, default=0.1, help="speed of schedules: 0.1 makes a minute 6 s")
@@ -331,7 +338,8 @@ def main() -> int:
     if not 0 < options.time_scale <= 1:
         parser.error("--time-scale must be over 0 and at most 1")
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, interrupt)
     try:
         return run(options, console)
     except KeyboardInterrupt:

@@ -81,9 +81,9 @@ def running(time_scale: float, say: Callable[[str], None], parameters: dict[str,
             )
         )
         say(f"local AWS on {aws_url}")
-        if _build(say):
+        if _build(folder, say):
             say("template built by sam build")
-        outputs = _deploy(aws_url, {"EnvironmentId": ENVIRONMENT_ID, "BaseUrl": api_url, **parameters})
+        outputs = _deploy(folder, aws_url, {"EnvironmentId": ENVIRONMENT_ID, "BaseUrl": api_url, **parameters})
         say(f"stack {STACK} deployed by sam deploy")
         deployed = Stack(api_url, aws_url, outputs, (key, organisation_key), printed)
         deployed.client("secretsmanager").put_secret_value(
@@ -142,7 +142,7 @@ def _child(argv: list[str], ready: str, printed: list[str], **environment: str) 
             process.wait()
 
 
-def _build(say: Callable[[str], None]) -> bool:
+def _build(folder: Path, say: Callable[[str], None]) -> bool:
     """`sam build`, unless the sources are those of the last build."""
     digest = hashlib.sha256()
     for source in _SOURCES:
@@ -155,7 +155,7 @@ def _build(say: Callable[[str], None]) -> bool:
         return False
     say("building the template")
     version = _sam_python()
-    _sam("build", LAYER_PYTHON=version, LAYER_MACHINE=platform.machine().replace("arm64", "aarch64"))
+    _sam(folder, "build", LAYER_PYTHON=version, LAYER_MACHINE=platform.machine().replace("arm64", "aarch64"))
     mark.write_text(digest.hexdigest())
     return True
 
@@ -166,7 +166,7 @@ def _sam_python() -> str:
     return subprocess.check_output([ROOT / ".venv-aws/bin/python", "-c", code], text=True).strip()
 
 
-def _deploy(aws_url: str, parameters: dict[str, str]) -> dict[str, str]:
+def _deploy(folder: Path, aws_url: str, parameters: dict[str, str]) -> dict[str, str]:
     architecture = "arm64" if platform.machine() in ("arm64", "aarch64") else "x86_64"
     values = {
         "SandboxImage": "sandbox:local",
@@ -176,6 +176,7 @@ def _deploy(aws_url: str, parameters: dict[str, str]) -> dict[str, str]:
         **parameters,
     }
     _sam(
+        folder,
         *("deploy", "--stack-name", STACK, "--resolve-s3", "--capabilities", "CAPABILITY_IAM"),
         *("--no-confirm-changeset", "--no-progressbar", "--parameter-overrides"),
         *(f"{name}={value}" for name, value in values.items()),
@@ -186,12 +187,14 @@ def _deploy(aws_url: str, parameters: dict[str, str]) -> dict[str, str]:
     return {output["OutputKey"]: output["OutputValue"] for output in described["Outputs"]}
 
 
-def _sam(*arguments: str, **environment: str) -> None:
+def _sam(folder: Path, *arguments: str, **environment: str) -> None:
+    """Runs the SAM CLI, which leaves temporary folders behind: in `folder`, which goes with the run."""
     fixed = {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
         "SAM_CLI_TELEMETRY": "0",
+        "TMPDIR": str(folder),
         "SAM_CLI_POLL_DELAY": "0.3",
     }
     done = subprocess.run(
