@@ -23,7 +23,7 @@ def tickets() -> Tickets:
 
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     """POST / exchanges a ticket, POST /turn-ended takes the last word. A refusal tells nothing more (DESIGN §6)."""
-    method = event.get("requestContext", {}).get("http", {}).get("method")
+    method = ((event.get("requestContext") or {}).get("http") or {}).get("method")
     path = str(event.get("rawPath", "/")).rstrip("/").rsplit("/", 1)[-1]
     body = _body(event)
     if method != "POST":

@@ -1,0 +1,217 @@
+"""The functions' handlers over the sample events of events/; their rules are tested elsewhere."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from shared import lifecycle
+from shared.config import Config
+from shared.launching import LaunchMessage, PutOff, hash_secret
+from shared.observing import Observer
+from shared.record import Phase, Record
+from shared.store import MemoryStore
+from shared.ticketing import Tickets
+from shared.work_api import NotAllowed, Refused, Work
+
+ROOT = Path(__file__).resolve().parents[2]
+TURN = 1_795_500_000_000
+CONTEXT = SimpleNamespace(aws_request_id="request-1", get_remaining_time_in_millis=lambda: 100_000)
+SECRET = "secret-of-the-example"
+
+
+def app(function: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{function}_app", ROOT / "functions" / function / "app.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sample(name: str) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads((ROOT / "events" / f"{name}.json").read_text())
+    return event
+
+
+@pytest.fixture
+def records() -> MemoryStore:
+    """The example session of the sample events, being launched."""
+    store = MemoryStore()
+    work = Work.model_validate(
+        {
+            "id": "sesn_01EXAMPLE",
+            "environment_id": "env_1",
+            "data": {"type": "session", "id": "sesn_01EXAMPLE"},
+            "state": "queued",
+            "secret": SECRET,
+        }
+    )
+    received = store.save(lifecycle.open_turn(None, work, now=TURN, owner="me", until=TURN, shard="0"))
+    held = store.save(lifecycle.held(received, TURN))
+    launching = lifecycle.begin_launch(held, TURN, 1, ticket_hash=hash_secret("example-ticket"), now=TURN, until=TURN)
+    assert launching
+    store.save(launching)
+    return store
+
+
+def phase(records: MemoryStore) -> Phase:
+    record = records.get("sesn_01EXAMPLE")
+    assert record
+    return record.phase
+
+
+def test_every_function_has_a_sample_event_and_a_handler() -> None:
+    for folder in (ROOT / "functions").iterdir():
+        if (folder / "app.py").exists():
+            assert list((ROOT / "events").glob(f"{folder.name}_*.json")), folder.name
+            assert callable(app(folder.name).handler)
+
+
+@pytest.mark.parametrize("function", ["poller", "keeper", "stopper", "observer", "tickets", "launcher"])
+def test_missing_configuration_is_named(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Config.model_fields:
+        monkeypatch.delenv(f"FLEET_{name.upper()}", raising=False)
+    build: Callable[[], object] = getattr(app(function), "claimer" if function == "poller" else function)
+    with pytest.raises(Exception, match="FLEET_TABLE.* not set: .*deploy the stack again"):
+        build()
+
+
+class _Failing:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def run(self, **_: object) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [NotAllowed("the key is refused", status=401), Refused("poll refused", status=400)])
+def test_a_refused_poll_is_one_line_and_no_crash(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poller = app("poller")
+    monkeypatch.setattr(poller, "claimer", lambda: _Failing(error))
+    assert poller.handler(sample("poller_schedule"), CONTEXT) == {"held": 0}
+
+
+class _Launcher:
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.launched = error, list[LaunchMessage]()
+
+    def launch(self, message: LaunchMessage) -> None:
+        if self.error:
+            raise self.error
+        self.launched.append(message)
+
+
+def test_a_malformed_message_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FIELD_NOTES 6: one malformed body poisoned its batch."""
+    launcher, served = app("launcher"), _Launcher()
+    monkeypatch.setattr(launcher, "launcher", lambda: served)
+    reply = launcher.handler(sample("launcher_malformed"), CONTEXT)
+    assert [failed["itemIdentifier"] for failed in reply["batchItemFailures"]] == ["message-1", "message-2"]
+    assert served.launched == [LaunchMessage(work_id="sesn_01EXAMPLE", turn=TURN, attempt=1)]
+
+
+def test_an_unknown_error_brings_the_message_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FIELD_NOTES 5: a catch-all dropped messages."""
+    launcher = app("launcher")
+    monkeypatch.setattr(launcher, "launcher", lambda: _Launcher(RuntimeError("surprise")))
+    assert len(launcher.handler(sample("launcher_message"), CONTEXT)["batchItemFailures"]) == 1
+
+
+@pytest.mark.parametrize(("received", "wait"), [("1", 5), ("3", 20), ("50", 240)])
+def test_a_launch_that_is_put_off_comes_back_later_and_later(
+    received: str, wait: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher, asked = app("launcher"), list[dict[str, Any]]()
+    monkeypatch.setattr(launcher, "launcher", lambda: _Launcher(PutOff("no capacity")))
+    monkeypatch.setattr(launcher, "config", lambda: Config(table="work", queue_url="queue"))
+    sqs = SimpleNamespace(change_message_visibility=lambda **arguments: asked.append(arguments))
+    monkeypatch.setattr(launcher, "sqs", lambda: sqs)
+    event = sample("launcher_message")
+    event["Records"][0]["attributes"]["ApproximateReceiveCount"] = received
+    assert len(launcher.handler(event, CONTEXT)["batchItemFailures"]) == 1
+    assert asked == [{"QueueUrl": "queue", "ReceiptHandle": "handle-1", "VisibilityTimeout": wait}]
+
+
+def test_the_observer_takes_a_task_s_states_and_ignores_all_else(
+    records: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observer, woken = app("observer"), list[str]()
+    queue: Any = SimpleNamespace(send=lambda record: None)
+    parts = Observer(Config(table="work"), records, queue, woken.append, lambda: TURN)
+    monkeypatch.setattr(observer, "observer", lambda: parts)
+    for nothing in (
+        {},
+        {"source": "aws.ec2", "detail": {}},
+        {"source": "aws.ecs", "detail": {"lastStatus": "STOPPED"}},
+    ):
+        observer.handler(nothing, CONTEXT)
+    assert phase(records) is Phase.LAUNCHING
+    observer.handler(sample("observer_running"), CONTEXT)
+    assert phase(records) is Phase.RUNNING
+    observer.handler(sample("observer_stopped"), CONTEXT)
+    assert phase(records) is Phase.STOPPING
+    assert woken == ["sesn_01EXAMPLE"]
+
+
+@pytest.fixture
+def tickets(records: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = app("tickets")
+    parts = Tickets(records, lambda work_id: None, lambda: TURN, lambda: "example-callback")
+    monkeypatch.setattr(module, "tickets", lambda: parts)
+    return module
+
+
+def test_a_ticket_gives_its_session_s_credential_and_the_last_word_ends_the_turn(
+    tickets: ModuleType, records: MemoryStore
+) -> None:
+    reply = tickets.handler(sample("tickets_redeem"), CONTEXT)
+    assert reply["statusCode"] == 200
+    assert json.loads(reply["body"])["work_secret"] == SECRET
+    assert reply["headers"]["cache-control"] == "no-store"
+    assert tickets.handler(sample("tickets_turn_ended"), CONTEXT)["statusCode"] == 202
+    assert phase(records) is Phase.STOPPING
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        (
+            {
+                "body": json.dumps(
+                    {"work_id": "sesn_01EXAMPLE", "turn": TURN, "attempt": 1, "ticket": "x", "nonce": "n"}
+                )
+            },
+            403,
+        ),
+        ({"body": "not json"}, 400),
+        ({"body": None}, 400),
+        ({"body": "%%%", "isBase64Encoded": True}, 400),
+        ({"body": "[" * 100_000}, 400),
+        ({"requestContext": {"http": {"method": "GET"}}}, 405),
+        ({"requestContext": None}, 405),
+        ({"rawPath": "/turn-ended"}, 400),
+    ],
+)
+def test_a_bad_request_is_refused_without_detail(
+    change: dict[str, Any], status: int, tickets: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply = tickets.handler(sample("tickets_redeem") | change, CONTEXT)
+    assert reply["statusCode"] == status
+    printed = capsys.readouterr()
+    for secret in (SECRET, "example-ticket"):
+        assert secret not in reply["body"] + printed.out + printed.err
+
+
+def test_types_that_hold_secrets_hide_them(records: MemoryStore) -> None:
+    record = records.get("sesn_01EXAMPLE")
+    assert isinstance(record, Record)
+    assert isinstance(record.secret, SecretStr)
+    assert SECRET not in f"{record!r} {record}"
