@@ -11,7 +11,7 @@ import pytest
 from pydantic import SecretStr
 
 from shared import lifecycle
-from shared.config import Config
+from shared.config import Config, Missing
 from shared.launching import LaunchMessage, PutOff, hash_secret
 from shared.observing import Observer
 from shared.record import Phase, Record
@@ -78,7 +78,7 @@ def test_missing_configuration_is_named(function: str, monkeypatch: pytest.Monke
     for name in Config.model_fields:
         monkeypatch.delenv(f"FLEET_{name.upper()}", raising=False)
     build: Callable[[], object] = getattr(app(function), "claimer" if function == "poller" else function)
-    with pytest.raises(Exception, match="FLEET_TABLE.* not set: .*deploy the stack again"):
+    with pytest.raises(Missing, match=r"FLEET_TABLE.* not set: .*deploy the stack again"):
         build()
 
 
