@@ -725,7 +725,7 @@ def test_no_secret_reaches_an_error_of_the_transport() -> None:
 
 
 def test_no_secret_reaches_a_log_or_the_client_repr(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, logger="httpx"):
         api = Server(ok(ITEM | {"secret": SECRET}), ok(BEAT)).api()
         api.poll()
         api.heartbeat("sesn_1", NO_HEARTBEAT)
