@@ -14,6 +14,7 @@ import httpx
 import psutil
 from boto3.dynamodb.types import TypeDeserializer
 from botocore.exceptions import BotoCoreError, ClientError
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -21,7 +22,7 @@ from rich.table import Table
 from local.stack import Stack, StackFailed, running
 
 POLL_SECONDS = 1.0
-PARAMETERS = {"LeaseTtlSeconds": "60", "MaxIdleSeconds": "1", "StopTimeoutSeconds": "20", "PollWindowSeconds": "0"}
+PARAMETERS = {"LeaseTtlSeconds": "45", "MaxIdleSeconds": "1", "StopTimeoutSeconds": "20", "PollWindowSeconds": "0"}
 
 Record = dict[str, Any]
 
@@ -91,9 +92,9 @@ def kill_sandbox(demo: "Demo", case: Case, _: Record) -> bool:
 
 def cases() -> list[Case]:
     return [
-        Case("a tool call, its output verified", "completed"),
-        Case("a second turn, same work id", "completed", turns=2, act=second_turn),
-        *(Case(f"one of five at once ({n})", "completed") for n in range(1, 6)),
+        Case("tool call verified", "completed"),
+        Case("second turn, same id", "completed", turns=2, act=second_turn),
+        *(Case(f"five at once ({n})", "completed") for n in range(1, 6)),
         Case("graceful stop mid-tool", "stopped", LONG, act=graceful_stop),
         Case("forced stop mid-tool", "stopped", LONG, act=forced_stop),
         Case(
@@ -183,7 +184,7 @@ class Demo:
             time.sleep(POLL_SECONDS)
 
     def table(self, records: dict[str, Record]) -> Table:
-        table = Table("session", "phase", "turn", "attempt", "lease age", "task", "ends as")
+        table = Table("session", "phase", "turn", "attempt", "lease age", "task", "ends as", box=SIMPLE_HEAD, padding=0)
         for case in self.cases:
             record, lease = records.get(case.work_id, {}), self.leases.get(case.work_id)
             live = record.get("phase") not in (None, "stopped") and lease
@@ -332,7 +333,7 @@ def interrupt(*_: object) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
-    parser.add_argument("--time-scale", type=float, default=0.1, help="speed of schedules: 0.1 makes a minute 6 s")
+    parser.add_argument("--time-scale", type=float, default=0.05, help="speed of schedules: 0.05 makes a minute 3 s")
     parser.add_argument("--timeout", type=float, default=180, help="seconds until what has not ended counts as failed")
     options = parser.parse_args()
     if not 0 < options.time_scale <= 1:

@@ -53,6 +53,9 @@ def main() -> None:
     patches.schedules(options.time_scale)
     patches.callable_function_urls(endpoint)
     patches.yaml_definitions()
+    patches.asynchronous_invocations()
+    patches.packages_unpacked_once(state / "tmp" / "packages")
+    patches.few_workers(options.workers)
     iam.install()
     TaskEngine(images, state / "tasks", state / "logs", run_id).install()
     try:
@@ -74,6 +77,7 @@ def _options() -> argparse.Namespace:
         "--time-scale", type=_factor, default=1.0, help="factor on rate() schedules (0.1: ten times faster)"
     )
     parser.add_argument("--sfn-wait-scale", type=_factor, default=1.0, help="factor on the waits of Step Functions")
+    parser.add_argument("--workers", type=int, default=3, help="workers of one Lambda function at most; others wait")
     parser.add_argument("--images", type=Path, help='JSON file {"image": ["program", "argument"]}: what ECS tasks run')
     parser.add_argument(
         "--state-dir", type=Path, help="where its files go; kept (default: a directory removed at the end)"
@@ -87,6 +91,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if not 0 <= options.port <= 65535:
         parser.error("--port must be between 0 and 65535")
+    if options.workers < 1:
+        parser.error("--workers must be at least 1")
     return options
 
 

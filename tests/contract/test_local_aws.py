@@ -603,6 +603,56 @@ def test_an_exceptions_class_is_the_error_type(aws: LocalAws, caller: Caller) ->
     assert (payload["errorType"], payload["errorMessage"]) == ("LeaseLost", "w: gone\nfor good")
 
 
+def test_an_event_invocation_of_a_state_machine_is_not_waited_for(aws: LocalAws, caller: Caller) -> None:
+    source = "import time\ndef handler(event, context): time.sleep(event['seconds']); print('slept'); return event\n"
+    functions, loops = aws.client("lambda"), aws.client("stepfunctions")
+    function = functions.create_function(
+        FunctionName="sleeps",
+        Runtime="python3.13",
+        Handler="index.handler",
+        Role=caller.execution_role,
+        Code={"ZipFile": zipped(source)},
+        Timeout=120,
+    )
+    parameters = {
+        "FunctionName": function["FunctionArn"],
+        "InvocationType": "Event",
+        "Payload": {"seconds.$": "$.seconds"},
+    }
+    state = {"Type": "Task", "Resource": "arn:aws:states:::lambda:invoke", "Parameters": parameters, "End": True}
+    machine = loops.create_state_machine(
+        name="starts",
+        definition=json.dumps({"StartAt": "Start", "States": {"Start": state}}),
+        roleArn=caller.execution_role,
+    )["stateMachineArn"]
+
+    def ended(seconds: float) -> dict[str, Any]:
+        execution = loops.start_execution(stateMachineArn=machine, input=json.dumps({"seconds": seconds}))
+
+        def described() -> dict[str, Any] | None:
+            found = loops.describe_execution(executionArn=execution["executionArn"])
+            return cast(dict[str, Any], found) if found["status"] != "RUNNING" else None
+
+        return eventually(described)
+
+    assert json.loads(ended(100)["output"])["StatusCode"] == 202, "it did not wait the 100 s"
+
+
+def test_workers_share_one_unpacked_package(aws: LocalAws, caller: Caller) -> None:
+    functions = aws.client("lambda")
+    source = "import os\ndef handler(event, context): return os.path.realpath(os.path.dirname(__file__))\n"
+    for name in ("one", "two"):
+        functions.create_function(
+            FunctionName=name,
+            Runtime="python3.13",
+            Handler="index.handler",
+            Role=caller.execution_role,
+            Code={"ZipFile": zipped(source)},
+        )
+    places = [json.loads(functions.invoke(FunctionName=name)["Payload"].read()) for name in ("one", "two")]
+    assert len(set(places)) == 1
+
+
 def test_a_rate_is_scaled(aws: LocalAws) -> None:
     sqs, events = aws.client("sqs"), aws.client("events")
     url = sqs.create_queue(QueueName="ticks")["QueueUrl"]

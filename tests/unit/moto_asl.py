@@ -12,7 +12,9 @@ import botocore.session
 import pytest
 import yaml
 from moto.awslambda_simple.models import LambdaSimpleBackend
+from moto.core.exceptions import JsonRESTError
 from moto.stepfunctions.parser.asl.component.common.retry import retrier_decl
+from moto.stepfunctions.parser.asl.component.state.exec.state_task.service import state_task_service_lambda
 from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service import StateTaskService
 from moto.stepfunctions.parser.asl.component.state.wait.wait_function.wait_function import WaitFunction
 
@@ -25,6 +27,13 @@ MOTO_CONFIG: Any = {"stepfunctions": {"execute_state_machine": True}, "lambda": 
 _DEADLINE_SECONDS = 60.0
 
 Handler = Callable[[dict[str, Any]], Any]
+
+
+class NotInvoked(JsonRESTError):
+    """Raised by a handler: Lambda itself refuses the invocation."""
+
+    def __init__(self) -> None:
+        super().__init__("ServiceException", "not invoked")
 
 
 def lambda_arn(name: str) -> str:
@@ -95,13 +104,18 @@ def install(monkeypatch: pytest.MonkeyPatch, handlers: dict[str, Handler]) -> As
     waits: list[float] = []
 
     def invoke(
-        _self: Any, function_name: str, _qualifier: Any, body: Any, _headers: Any, response_headers: dict[str, str]
+        _self: Any, function_name: str, _qualifier: Any, body: Any, headers: Any, response_headers: dict[str, str]
     ) -> bytes:
+        asynchronous = headers.get("X-Amz-Invocation-Type") == "Event"
         try:
-            return json.dumps(handlers[function_name.rsplit(":", 1)[-1]](json.loads(body or "{}"))).encode()
+            answer = handlers[function_name.rsplit(":", 1)[-1]](json.loads(body or "{}"))
+        except NotInvoked:
+            raise
         except Exception as error:  # noqa: BLE001  Lambda reports any error of a handler in this shape
-            response_headers["x-amz-function-error"] = "Unhandled"
-            return json.dumps({"errorMessage": str(error), "errorType": type(error).__name__}).encode()
+            if not asynchronous:
+                response_headers["x-amz-function-error"] = "Unhandled"
+            answer = {"errorMessage": str(error), "errorType": type(error).__name__}
+        return json.dumps("" if asynchronous else answer).encode()
 
     def wait_interval(_self: Any, env: Any, wait_seconds: float) -> None:
         waits.append(wait_seconds)
@@ -116,6 +130,11 @@ def install(monkeypatch: pytest.MonkeyPatch, handlers: dict[str, Handler]) -> As
             return getattr(time, name)
 
     monkeypatch.setattr(LambdaSimpleBackend, "invoke", invoke)
+    monkeypatch.setitem(  # AWS takes it, moto 5.2.5 drops it
+        state_task_service_lambda._SUPPORTED_API_PARAM_BINDINGS,
+        "invoke",
+        {"FunctionName", "InvocationType", "Payload"},
+    )
     monkeypatch.setattr(WaitFunction, "_wait_interval", wait_interval)
     monkeypatch.setattr(retrier_decl, "time", NoSleep())
     _mend_service_stubs(monkeypatch)
