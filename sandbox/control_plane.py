@@ -43,14 +43,18 @@ class Attempt:
 
 
 class Grant(BaseModel):
-    """What a ticket is exchanged for: the session's own credential, and a secret for the end-of-turn word."""
+    """What a ticket is exchanged for: the session's own credential, and a secret for the end-of-turn word.
+
+    `environment_key` comes only for an item without a work secret, if the stack's owner allows it (DESIGN §6).
+    """
 
     model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
     work_id: str
     environment_id: str
     session_id: str
-    work_secret: SecretStr
+    work_secret: SecretStr | None = None
+    environment_key: SecretStr | None = None
     callback_secret: SecretStr
 
     def sessions_token(self) -> str | None:
@@ -60,12 +64,15 @@ class Grant(BaseModel):
         return token if isinstance(token, str) and token else None
 
     def secret_values(self) -> set[str]:
-        """What must never be shown: both secrets, and whatever credentials the work secret bundles."""
+        """What must never be shown: every secret, and whatever credentials the work secret bundles."""
         known = {self.work_id, self.environment_id, self.session_id}
         bundled = {text for text in _strings(self._payload()) if len(text) >= 12 and text not in known}
-        return bundled | {self.work_secret.get_secret_value(), self.callback_secret.get_secret_value()}
+        given = (self.work_secret, self.environment_key, self.callback_secret)
+        return bundled | {secret.get_secret_value() for secret in given if secret}
 
     def _payload(self) -> object:
+        if self.work_secret is None:
+            return None
         secret = self.work_secret.get_secret_value()
         try:
             return json.loads(base64.urlsafe_b64decode(secret + "=" * (-len(secret) % 4)))

@@ -288,15 +288,20 @@ class NoUsableCredential(Exception):
 
 
 def usable_token(config: Config, grant: Grant) -> str:
-    """The session's token. Raises NoUsableCredential, ConfigurationError."""
+    """The session's token, else the environment key if one was handed over.
+
+    Raises NoUsableCredential, ConfigurationError.
+    """
     if grant.environment_id != config.environment_id:
         raise ConfigurationError(
             "ANTHROPIC_ENVIRONMENT_ID",
             f"is {config.environment_id}, but the work item is of {grant.environment_id}",
         )
-    if (token := grant.sessions_token()) is None:
-        raise NoUsableCredential("the work secret holds no sessions token")
-    return token
+    if token := grant.sessions_token():
+        return token
+    if grant.environment_key:
+        return grant.environment_key.get_secret_value()
+    raise NoUsableCredential("the work secret holds no sessions token")
 
 
 async def serve_turn(config: Config, grant: Grant, early: EarlyEnd) -> None:
@@ -305,7 +310,7 @@ async def serve_turn(config: Config, grant: Grant, early: EarlyEnd) -> None:
     Returning says that the worker ended by itself, which is a clean end unless `early` has a reason by then.
     """
     guard = LeaseGuard(session_id=grant.session_id, stopping=lambda: early.requested, on_refused=early.on_refused)
-    # The worker signs with the session's token; one given here keeps the SDK from looking for others.
+    # The worker signs with the session's token, or the key; one given here keeps the SDK from looking for others.
     async with AsyncAnthropic(
         auth_token="unused",  # noqa: S106
         base_url=config.base_url,
@@ -317,7 +322,8 @@ async def serve_turn(config: Config, grant: Grant, early: EarlyEnd) -> None:
             work_id=grant.work_id,
             environment_id=grant.environment_id,
             session_id=grant.session_id,
-            work_secret=grant.work_secret.get_secret_value(),
+            work_secret=grant.work_secret.get_secret_value() if grant.work_secret else None,
+            environment_key=grant.environment_key.get_secret_value() if grant.environment_key else None,
         )
 
 

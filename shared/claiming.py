@@ -128,7 +128,8 @@ class Claimer:
 
     def _take(self, work: Work, owner: str, until: int) -> bool:
         record = self.store.get(work.id)
-        match lifecycle.judge_offer(record, work, self.now()):
+        hand_over = self.config.hand_over_environment_key
+        match lifecycle.judge_offer(record, work, self.now(), hand_over_key=hand_over):
             case Offer.REFUSE:
                 log.error("item left unacked: no usable secret or id", work_id=work.id, type=work.data.type)
                 return False

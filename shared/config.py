@@ -36,6 +36,8 @@ class Config(BaseModel):
     session_timeout_seconds: int = 14_400
     stop_timeout_seconds: int = 120
     retention_days: int = 30
+    hand_over_environment_key: bool = False
+    dead_letters_url: str = ""
 
     @property
     def retention_seconds(self) -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from pydantic import SecretStr
+
 from shared.diagnose import Diagnosis, Kind
 from shared.record import HISTORY_TURNS, Lease, Outcome, PastTurn, Phase, Record
 from shared.work_api import CurrentState, Heartbeat, Work
@@ -19,7 +21,8 @@ CLAIM_WINDOW_SECONDS = 30  # how long after our ack a claim can still be our own
 OWN_EXIT_GRACE_MS = 5_000
 ROUND_MS = 30_000
 _NO_TURNS: tuple[PastTurn, ...] = ()
-_SAFE_ID = re.compile(r"[A-Za-z0-9_-]{1,90}")
+LONGEST_ID = 90  # characters: `startedBy` holds the id, the turn and the attempt in 128
+_SAFE_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_ID}}}")
 
 # Exit codes of the runner (sandbox/runner.py) that need no diagnosis
 FINISHED, UNSERVED = 0, 11
@@ -43,9 +46,14 @@ class Offer(StrEnum):
     REFUSE = "refuse"  # cannot be served at all: left unacked and reported
 
 
-def judge_offer(record: Record | None, work: Work, now: int) -> Offer:
-    """An offer proves that the item is queued: a turn past `received` has lost its lease (DESIGN §7)."""
-    if not _SAFE_ID.fullmatch(work.id) or (work.data.type == "session" and not _usable_secret(work)):
+def judge_offer(record: Record | None, work: Work, now: int, *, hand_over_key: bool = False) -> Offer:
+    """An offer proves that the item is queued: a turn past `received` has lost its lease (DESIGN §7).
+
+    A session without a `secret` can be served only if the environment key may be handed over (DESIGN §5).
+    """
+    if not _SAFE_ID.fullmatch(work.id):
+        return Offer.REFUSE
+    if work.data.type == "session" and not (work.data.id and (_secret_of(work) or hand_over_key)):
         return Offer.REFUSE
     if record is None or not record.is_live:
         return Offer.CLAIM
@@ -54,8 +62,8 @@ def judge_offer(record: Record | None, work: Work, now: int) -> Offer:
     return Offer.LEAVE if record.lease_gone else Offer.MARK
 
 
-def _usable_secret(work: Work) -> bool:
-    return bool(work.secret and work.secret.get_secret_value() and work.data.id)
+def _secret_of(work: Work) -> SecretStr | None:
+    return work.secret if work.secret and work.secret.get_secret_value() else None
 
 
 def open_turn(previous: Record | None, work: Work, *, now: int, owner: str, until: int, shard: str) -> Record:
@@ -75,7 +83,7 @@ def open_turn(previous: Record | None, work: Work, *, now: int, owner: str, unti
         turn=turn,
         phase=Phase.RECEIVED,
         revision=previous.revision if previous else 0,
-        secret=work.secret,
+        secret=_secret_of(work),
         claim_owner=owner,
         claim_until=until,
         shard=shard,

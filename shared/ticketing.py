@@ -32,13 +32,17 @@ class TicketRequest(BaseModel):
 
 
 class Credential(BaseModel):
-    """What the sandbox gets: nothing that reaches another session."""
+    """What the sandbox gets: nothing that reaches another session.
+
+    The exception is the environment key, for an item without a secret, if the stack's owner allows it (DESIGN §6).
+    """
 
     model_config = ConfigDict(frozen=True)
     work_id: str
     environment_id: str
     session_id: str
-    work_secret: SecretStr
+    work_secret: SecretStr | None
+    environment_key: SecretStr | None
     callback_secret: SecretStr
 
 
@@ -56,6 +60,7 @@ class Tickets:
     store: Store
     wake_stopper: Callable[[str], None]
     now: Callable[[], int]
+    environment_key: Callable[[], SecretStr] | None = None  # given only if it may be handed over
     new_secret: Callable[[], str] = lambda: secrets.token_urlsafe(32)
 
     def redeem(self, request: TicketRequest) -> Credential:
@@ -81,7 +86,8 @@ class Tickets:
             return record.model_copy(update={"callback_hash": hash_secret(callback)})
 
         record = change(self.store, request.work_id, bind)
-        if record is None or record.secret is None or record.session_id is None:
+        servable = record and record.session_id and (record.secret or self.environment_key)
+        if record is None or record.session_id is None or not servable:
             log.warning("ticket refused", work_id=request.work_id, turn=request.turn, attempt=request.attempt)
             raise TicketRefused
         return Credential(
@@ -89,6 +95,7 @@ class Tickets:
             environment_id=record.environment_id,
             session_id=record.session_id,
             work_secret=record.secret,
+            environment_key=self.environment_key() if record.secret is None and self.environment_key else None,
             callback_secret=SecretStr(callback),
         )
 

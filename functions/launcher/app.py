@@ -19,7 +19,7 @@ _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 5, 240
 
 @cache
 def config() -> Config:
-    return from_env("queue_url", "cluster_arn", "task_definition_arn", "subnets", "security_groups")
+    return from_env("queue_url", "dead_letters_url", "cluster_arn", "task_definition_arn", "subnets", "security_groups")
 
 
 @cache
@@ -33,14 +33,11 @@ def sqs() -> "SQSClient":
 
 
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
-    """Malformed messages fail until the DLQ takes them; those put off come back later and later."""
+    """Malformed messages go to the dead-letter queue at once; those put off come back later and later."""
     failed = []
     for message in event.get("Records", []):
         try:
-            launcher().launch(LaunchMessage.model_validate_json(message["body"]))
-        except ValidationError:
-            log.error("malformed launch message: it goes to the dead-letter queue", id=message.get("messageId"))
-            failed.append(message)
+            _launch(message)
         except PutOff as reason:
             log.warning("launch put off", reason=str(reason))
             _come_back_later(message)
@@ -49,6 +46,16 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
             log.exception("launch failed; the message comes back", id=message.get("messageId"))
             failed.append(message)
     return {"batchItemFailures": [{"itemIdentifier": message["messageId"]} for message in failed]}
+
+
+def _launch(message: dict[str, Any]) -> None:
+    try:
+        parsed = LaunchMessage.model_validate_json(message["body"])
+    except ValidationError:
+        log.error("malformed launch message: moved to the dead-letter queue", id=message.get("messageId"))
+        sqs().send_message(QueueUrl=config().dead_letters_url, MessageBody=message["body"])
+    else:
+        launcher().launch(parsed)
 
 
 def _come_back_later(message: dict[str, Any]) -> None:

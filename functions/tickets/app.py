@@ -6,7 +6,7 @@ import json
 from functools import cache
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from shared import wiring
 from shared.config import from_env
@@ -18,7 +18,8 @@ _LONGEST_BODY = 4096
 @cache
 def tickets() -> Tickets:
     config = from_env("stopper_function")
-    return Tickets(wiring.store(config), wiring.wake_stopper(config), wiring.now)
+    key = wiring.environment_key(config) if config.hand_over_environment_key else None
+    return Tickets(wiring.store(config), wiring.wake_stopper(config), wiring.now, key)
 
 
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
@@ -37,9 +38,10 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
         return _reply(400, {"error": "malformed request"})
     except TicketRefused:
         return _reply(403, {"error": "refused"})
-    revealed = credential.model_dump() | {
-        "work_secret": credential.work_secret.get_secret_value(),
-        "callback_secret": credential.callback_secret.get_secret_value(),
+    revealed = {
+        name: value.get_secret_value() if isinstance(value, SecretStr) else value
+        for name, value in credential
+        if value is not None
     }
     return _reply(200, revealed)
 

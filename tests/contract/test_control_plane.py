@@ -448,6 +448,25 @@ def test_a_ticket_is_exchanged_once_and_its_lost_reply_may_be_asked_for_again(pl
         plane.tickets.redeem(request(plane, work_id))
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_environment_key_is_handed_over_only_without_a_secret_and_only_if_allowed(
+    plane: Plane, *, allowed: bool
+) -> None:
+    work_id, _ = plane.run_to_running()
+    key = SecretStr("the-environment-key")
+    plane.tickets.environment_key = (lambda: key) if allowed else None
+    assert plane.tickets.redeem(request(plane, work_id)).environment_key is None, "its own secret is enough"
+    record = plane.record(work_id)
+    plane.store.save(record.model_copy(update={"secret": None}))
+    if not allowed:
+        with pytest.raises(TicketRefused):
+            plane.tickets.redeem(request(plane, work_id))
+        return
+    credential = plane.tickets.redeem(request(plane, work_id))
+    assert credential.environment_key == key
+    assert "the-environment-key" not in repr(credential)
+
+
 def test_the_last_word_needs_the_callback_secret_and_ends_the_turn(plane: Plane) -> None:
     work_id, arn = plane.run_to_running()
     credential = plane.tickets.redeem(request(plane, work_id))

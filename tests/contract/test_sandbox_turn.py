@@ -134,6 +134,7 @@ class Sandbox:
     between: Between
     workdir: Path
     stop_timeout: float = 10.0
+    without_secret: bool = False  # the control plane hands over the environment key instead
     session_id: str = ""
     process: subprocess.Popen[str] | None = None
     output: str = ""
@@ -160,9 +161,12 @@ class Sandbox:
             "work_id": item["id"],
             "environment_id": item["environment_id"],
             "session_id": self.session_id,
-            "work_secret": item["secret"],
             "callback_secret": CALLBACK_SECRET,
-        }
+        } | (
+            {"environment_key": self.emulator.environment_key}
+            if self.without_secret
+            else {"work_secret": item["secret"]}
+        )
         environment = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(Path(runner.__file__).parent),
@@ -194,7 +198,9 @@ class Sandbox:
         """Wait for the runner's end; nothing that it said may hold a secret."""
         assert self.process is not None
         self.output, _ = self.process.communicate(timeout=WAIT_SECONDS)
-        for secret in (TICKET, CALLBACK_SECRET, self.between.grant["work_secret"], "another-credential"):
+        ids = {"work_id", "environment_id", "session_id"}
+        granted = [value for name, value in self.between.grant.items() if name not in ids]
+        for secret in (TICKET, *granted, "another-credential"):
             assert secret not in self.output
         lines = [json.loads(line) for line in self.output.splitlines()]
         assert lines[-1]["exit_code"] == self.process.returncode, self.output
@@ -234,6 +240,15 @@ def test_a_turn_runs_on_the_sessions_token_and_makes_one_work_call(sandbox: Sand
     assert credential not in (f"Bearer {sandbox.emulator.environment_key}", "Bearer another-credential")
     assert credential.removeprefix("Bearer ") not in sandbox.output
     assert between.words == []
+
+
+def test_a_turn_runs_on_the_environment_key_where_it_was_handed_over(sandbox: Sandbox) -> None:
+    sandbox.without_secret = True
+    sandbox.start(bash("echo hi", "hi"))
+    assert sandbox.ends() is ExitCode.FINISHED
+    assert sandbox.between.result_texts == ["hi"]
+    assert sandbox.between.stop_credentials == [f"Bearer {sandbox.emulator.environment_key}"]
+    assert sandbox.emulator.environment_key not in sandbox.output
 
 
 def test_tools_find_no_ticket_token_or_key_in_their_environment(sandbox: Sandbox) -> None:

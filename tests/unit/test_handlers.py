@@ -109,13 +109,25 @@ class _Launcher:
         self.launched.append(message)
 
 
-def test_a_malformed_message_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_malformed_message_goes_to_the_dead_letters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """FIELD_NOTES 6: one malformed body poisoned its batch."""
-    launcher, served = app("launcher"), _Launcher()
+    launcher, served, sent = app("launcher"), _Launcher(), list[dict[str, Any]]()
     monkeypatch.setattr(launcher, "launcher", lambda: served)
+    monkeypatch.setattr(launcher, "config", lambda: Config(table="work", dead_letters_url="dead"))
+    monkeypatch.setattr(launcher, "sqs", lambda: SimpleNamespace(send_message=lambda **sending: sent.append(sending)))
+    event = sample("launcher_malformed")
+    assert launcher.handler(event, CONTEXT) == {"batchItemFailures": []}
+    assert sent == [{"QueueUrl": "dead", "MessageBody": message["body"]} for message in event["Records"][:2]]
+    assert served.launched == [LaunchMessage(work_id="sesn_01EXAMPLE", turn=TURN, attempt=1)]
+
+
+def test_a_malformed_message_that_cannot_be_moved_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = app("launcher")
+    monkeypatch.setattr(launcher, "launcher", _Launcher)
+    monkeypatch.setattr(launcher, "config", lambda: Config(table="work", dead_letters_url="dead"))
+    monkeypatch.setattr(launcher, "sqs", SimpleNamespace)  # every call fails
     reply = launcher.handler(sample("launcher_malformed"), CONTEXT)
     assert [failed["itemIdentifier"] for failed in reply["batchItemFailures"]] == ["message-1", "message-2"]
-    assert served.launched == [LaunchMessage(work_id="sesn_01EXAMPLE", turn=TURN, attempt=1)]
 
 
 def test_an_unknown_error_brings_the_message_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +176,7 @@ def test_the_observer_takes_a_task_s_states_and_ignores_all_else(
 @pytest.fixture
 def tickets(records: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = app("tickets")
-    parts = Tickets(records, lambda work_id: None, lambda: TURN, lambda: "example-callback")
+    parts = Tickets(records, lambda work_id: None, lambda: TURN, None, lambda: "example-callback")
     monkeypatch.setattr(module, "tickets", lambda: parts)
     return module
 

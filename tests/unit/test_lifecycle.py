@@ -3,9 +3,9 @@
 import pytest
 
 from shared import lifecycle
-from shared.lifecycle import Verdict
+from shared.lifecycle import Offer, Verdict
 from shared.record import Lease
-from shared.work_api import CurrentState, Heartbeat
+from shared.work_api import CurrentState, Heartbeat, Work
 
 BASE = "2026-11-25T08:00:00.000000Z"
 
@@ -72,3 +72,15 @@ def test_whose_lease_a_412_to_an_echo_speaks_of(
 def test_a_412_without_a_state_is_retried_until_the_lease_deadline() -> None:
     assert lifecycle.after_refused_echo(lease(), None, 294_999).wish is None
     assert lifecycle.after_refused_echo(lease(), None, 295_000).wish == lifecycle.LEASE_LOST
+
+
+@pytest.mark.parametrize("secret", [None, ""])
+@pytest.mark.parametrize(("hand_over_key", "offer"), [(False, Offer.REFUSE), (True, Offer.CLAIM)])
+def test_a_session_without_a_secret_is_served_only_if_the_key_may_be_handed_over(
+    secret: str | None, offer: Offer, *, hand_over_key: bool
+) -> None:
+    data = {"type": "session", "id": "sesn_1"}
+    item = {"id": "sesn_1", "environment_id": "env_1", "data": data, "state": "queued", "secret": secret}
+    work = Work.model_validate(item)
+    assert lifecycle.judge_offer(None, work, 0, hand_over_key=hand_over_key) is offer
+    assert lifecycle.open_turn(None, work, now=1, owner="me", until=2, shard="0").secret is None

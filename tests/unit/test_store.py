@@ -1,12 +1,14 @@
 """What both twins of the record store promise."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from shared import lifecycle
 from shared.record import Lease, Outcome, Phase, Record
-from shared.store import Conflict, Store, change
+from shared.store import Conflict, DynamoStore, Store, change
 from shared.work_api import Work
 
 SECRET = "c2VjcmV0LW9mLXdvcmstMQ"
@@ -122,3 +124,29 @@ def test_a_loop_s_generation_is_raised_once(store: Store) -> None:
 
 def test_no_repr_of_a_record_shows_its_secret(store: Store) -> None:
     assert SECRET not in repr(store.save(received()))
+
+
+def size(value: dict[str, Any]) -> int:
+    """Bytes of an attribute value as DynamoDB bills them: text in UTF-8, about half a byte a digit and one more."""
+    [(kind, content)] = value.items()
+    return len(str(content).encode()) if kind == "S" else len(str(content)) // 2 + 2
+
+
+def test_a_beat_costs_one_write_unit_at_the_largest_sizes() -> None:
+    """DESIGN §4: the lease is an item of its own, under 1 kB, and in no index."""
+    written: list[dict[str, Any]] = []
+    client: Any = SimpleNamespace(put_item=lambda **request: written.append(request["Item"]))
+    longest = lifecycle.LONGEST_ID
+    largest = Lease(
+        work_id="w" * longest,
+        turn=9_999_999_999_999,
+        value="2026-11-25T08:00:00.000000000+00:00" * 4,
+        ttl_seconds=99_999,
+        accepted_sent_at=9_999_999_999_999,
+        due_at=9_999_999_999_999,
+        over="stopped",
+    )
+    DynamoStore(client, "work").save_lease(largest, largest)
+    [item] = written
+    assert sum(len(name) + size(value) for name, value in item.items()) <= 1024
+    assert "shard" not in item, "it would be a write to the live index as well"
