@@ -14,7 +14,8 @@ from shared.environment_key import EnvironmentKey
 from shared.lifecycle import Offer, Verdict
 from shared.log import log
 from shared.loop import LeaseLoop
-from shared.record import Lease, Outcome, Phase, Record
+from shared.metrics import Metric, emit
+from shared.record import Lease, LiveEntry, Outcome, Phase, Record
 from shared.store import Conflict, Store, change
 from shared.work_api import (
     NO_HEARTBEAT,
@@ -35,6 +36,7 @@ LONGEST_BLOCK_MS = 999
 AT_ONCE = 8
 _CLAIM_TRIES = 3
 _RESEND_AFTER_MS = 120_000
+_TAKES_MS = 30_000  # what is begun later could outlive the run
 
 
 class LaunchQueue:
@@ -70,12 +72,11 @@ class Claimer:
         entries = self.store.live(SHARD)
         if entries:
             self.loop.ensure(SHARD)
+        repaired = self.repair_stuck(entries, owner, until)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            stuck = [e.work_id for e in entries if e.phase in (Phase.RECEIVED, Phase.HELD)]
-            repaired = sum(pool.map(lambda work_id: self._safely(self.repair, work_id, owner, until), stuck))
             slots = _Slots(max(0, self.config.max_sessions - len(entries)))
             end = self.now() + self.config.poll_window_seconds * 1000
-            return repaired + self._poll_until(pool, slots, owner, min(end, until - 30_000), until)
+            return repaired + self._poll_until(pool, slots, owner, min(end, until - _TAKES_MS), until)
 
     def _poll_until(self, pool: ThreadPoolExecutor, slots: "_Slots", owner: str, end: int, until: int) -> int:
         """One long poll at a time while idle; many at once from the first item to the first empty answer."""
@@ -95,7 +96,7 @@ class Claimer:
             idle = None in found
             if idle and not self.config.poll_window_seconds:
                 return claimed
-            if self.now() >= end and (idle or self.config.poll_window_seconds or self.now() >= until - 30_000):
+            if self.now() >= end and (idle or self.config.poll_window_seconds or self.now() >= until - _TAKES_MS):
                 return claimed
             at_once = 1 if idle else AT_ONCE
 
@@ -105,6 +106,7 @@ class Claimer:
             work = self.api.poll(block_ms=block_ms)
         except NotAllowed:
             self.key.forget()
+            emit(Metric.KEY_REFUSED)
             raise
         except TryAgain as error:
             log.warning("poll failed; the next run tries again", error=error.message)
@@ -152,6 +154,17 @@ class Claimer:
                 self.loop.ensure(SHARD)
                 return self.claim(saved, repair=False)
         return False
+
+    def repair_stuck(self, entries: list[LiveEntry], owner: str, until: int) -> int:
+        """Repair every entry in `received` or `held` that time allows; returns how many go on. Poller and janitor."""
+        stuck = [e.work_id for e in entries if e.phase in (Phase.RECEIVED, Phase.HELD)]
+        last = until - _TAKES_MS
+
+        def repair(work_id: str) -> bool:
+            return self.now() < last and self._safely(self.repair, work_id, owner, until)
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return sum(pool.map(repair, stuck))
 
     def repair(self, work_id: str, owner: str, until: int) -> bool:
         """Go on with what a crash left in `received` or `held`."""

@@ -12,6 +12,7 @@ from shared.config import Config
 from shared.environment_key import EnvironmentKey
 from shared.lifecycle import BeatResult
 from shared.log import log
+from shared.metrics import Metric, emit
 from shared.record import Lease, LiveEntry, Phase, Record
 from shared.store import Conflict, Store, change
 from shared.work_api import Gone, LeaseLost, NotAllowed, TryAgain, WorkApi, WorkApiError
@@ -60,8 +61,8 @@ class Keeper:
         claimed = [entry for entry in entries if entry.phase in _CLAIMED]
         leases = self.store.get_leases(entry.work_id for entry in claimed)
         kept = self._beat_due(claimed, leases)
-        to_stop = sum(self._needs_stopper(entry) for entry in entries) + kept.wishes
         now = self.now()
+        to_stop = sum(lifecycle.needs_stopper(entry, self.config, now) for entry in entries) + kept.wishes
         wait_until = min([now + (_STOP_WAIT_MS if to_stop else _IDLE_WAIT_MS), *kept.due])
         return RoundReply(
             shard=state.shard,
@@ -84,6 +85,7 @@ class Keeper:
         gone = sum(answer is None for answer in answers)
         doubted = gone > 3 and gone * 2 > len(due)
         if doubted:
+            emit(Metric.MOST_ITEMS_GONE)
             log.error("most work items answer 404: check base URL and environment id", gone=gone, beaten=len(due))
         result = _Kept([lease.due_at for _, lease in mine if not lease.over and (_, lease) not in due], 0)
         for (_, lease), answered in zip(due, answers, strict=True):
@@ -111,6 +113,7 @@ class Keeper:
             return None
         except NotAllowed as error:
             self.key.forget()
+            emit(Metric.KEY_REFUSED)
             log.error("beat not allowed", work_id=lease.work_id, error=error.message)
             return lifecycle.after_no_answer(lease, self.now(), None)
         except TryAgain as error:
@@ -143,18 +146,6 @@ class Keeper:
             return 0
         log.info("stop wanted", work_id=lease.work_id, turn=lease.turn, reason=wish.reason)
         return 1
-
-    def _needs_stopper(self, entry: LiveEntry) -> bool:
-        """The turn's number is its start in epoch ms, so deadlines need no read of the record here."""
-        age = self.now() - entry.turn
-        match entry.phase:
-            case Phase.STOPPING:
-                return True
-            case Phase.LAUNCHING:
-                return age >= self.config.start_timeout_seconds * 1000
-            case Phase.RUNNING:
-                return age >= self.config.session_timeout_seconds * 1000
-        return False
 
 
 @dataclass

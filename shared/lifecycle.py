@@ -10,8 +10,9 @@ from enum import StrEnum
 
 from pydantic import SecretStr
 
+from shared.config import Config
 from shared.diagnose import Diagnosis, Kind
-from shared.record import HISTORY_TURNS, Lease, Outcome, PastTurn, Phase, Record
+from shared.record import HISTORY_TURNS, Lease, LiveEntry, Outcome, PastTurn, Phase, Record
 from shared.work_api import CurrentState, Heartbeat, Work
 
 ACKED = "acked"
@@ -20,6 +21,9 @@ LONGEST_INTERVAL_MS = 30_000
 CLAIM_WINDOW_SECONDS = 30  # how long after our ack a claim can still be our own (DESIGN §5, rule 4)
 OWN_EXIT_GRACE_MS = 5_000
 ROUND_MS = 30_000
+TOO_SOON_MS = 10_000
+SECOND_LOOK_MS = 120_000  # well under the janitor's round, well over two runs that happen to overlap
+STRAND_AGE_MS = 900_000  # no lease lives so long without a beat
 _NO_TURNS: tuple[PastTurn, ...] = ()
 LONGEST_ID = 90  # characters: `startedBy` holds the id, the turn and the attempt in 128
 _SAFE_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_ID}}}")
@@ -400,6 +404,24 @@ def overdue(record: Record, *, now: int, session_timeout_ms: int) -> StopWish | 
     return None
 
 
+def needs_stopper(entry: LiveEntry, config: Config, now: int) -> bool:
+    """The turn's number is its start in epoch ms, so deadlines need no read of the record here."""
+    match entry.phase:
+        case Phase.STOPPING:
+            return True
+        case Phase.LAUNCHING:
+            return now - entry.turn >= config.start_timeout_seconds * 1000
+        case Phase.RUNNING:
+            return now - entry.turn >= config.session_timeout_seconds * 1000
+    return False
+
+
+def ended_too_soon(record: Record, now: int) -> bool:
+    """A sandbox that says "finished" within seconds may have done nothing (FIELD_NOTES 2)."""
+    clean = record.exit_code in (FINISHED, UNSERVED) and record.running_since is not None
+    return clean and now - (record.running_since or now) < TOO_SOON_MS
+
+
 def may_be_taken_as_dead(record: Record, now: int) -> bool:
     """Nothing found by arn and by `startedBy` proves death only two rounds past `launch_until` (DESIGN §4)."""
     return now >= (record.launch_until or record.turn) + 2 * ROUND_MS
@@ -423,3 +445,22 @@ def closed(record: Record, now: int, *, retention_seconds: int, outcome: Outcome
         callback_hash=None,
         expires_at=now // 1000 + retention_seconds,
     )
+
+
+# --- sweeping (DESIGN §10) ------------------------------------------------------------------------------------
+
+
+def is_orphan(record: Record | None, turn: int, attempt: int, arn: str) -> bool:
+    """Whether a task that is meant to run serves no live record: a past attempt's, or a twin of the current one's."""
+    if record is None or not is_current(record, turn, attempt):
+        return True
+    return record.task_arn is not None and record.task_arn != arn
+
+
+def is_stranded(work: Work, record: Record | None, now: int) -> bool:
+    """Unfinished at the API, unattended for longer than any lease lives, and no live record of ours (W§6.4)."""
+    if work.state not in ("starting", "active", "stopping") or (record is not None and record.is_live):
+        return False
+    told = (work.acknowledged_at, work.latest_heartbeat_at, work.stop_requested_at)
+    moments = [moment for text in told if (moment := server_time(text)) is not None]
+    return bool(moments) and now - max(moments) * 1000 >= STRAND_AGE_MS

@@ -9,6 +9,7 @@ from shared.claiming import LaunchQueue
 from shared.config import Config
 from shared.diagnose import diagnose
 from shared.log import log
+from shared.metrics import Metric, emit
 from shared.record import Phase, Record
 from shared.sandboxes import exit_code_of
 from shared.store import Store, change
@@ -51,6 +52,8 @@ class Observer:
         if changed is None:
             return
         log.info("task state", work_id=work_id, turn=turn, attempt=attempt, status=status, phase=changed.phase)
+        if status == "STOPPED" and lifecycle.ended_too_soon(changed, self.now()):
+            emit(Metric.SHORT_SANDBOXES)
         if changed.phase is Phase.HELD:
             self.queue.send(changed)
         elif changed.phase is Phase.STOPPING and changed.dead:

@@ -11,7 +11,8 @@ from shared.config import Config
 from shared.diagnose import diagnose
 from shared.keeping import Keeper
 from shared.log import log
-from shared.record import Phase, Record
+from shared.metrics import Metric, emit
+from shared.record import Outcome, Phase, Record
 from shared.sandboxes import Sandboxes, exit_code_of
 from shared.store import Conflict, Store
 from shared.work_api import Gone, WorkApi, WorkApiError
@@ -20,6 +21,11 @@ ROUND_BUDGET_MS = 10_000
 _AT_ONCE = 8
 _AFTER_ECHO_MS = 5_000
 _IN_FLIGHT_MS = 15_000  # the echo, the stop and its time-out
+_COUNTED = {
+    Outcome.LOST: Metric.LEASES_LOST,
+    Outcome.LAUNCH_FAILED: Metric.LAUNCHES_FAILED,
+    Outcome.UNSERVED: Metric.UNSERVED,
+}
 _NEWEST = 1 << 31  # a description is the newest word: no event is newer
 
 
@@ -129,7 +135,9 @@ class Stopper:
             if after is None:
                 return False
             record = after
-        self.store.save(lifecycle.closed(record, self.now(), retention_seconds=self.config.retention_seconds))
+        closed = self.store.save(lifecycle.closed(record, self.now(), retention_seconds=self.config.retention_seconds))
+        if closed.outcome in _COUNTED:
+            emit(_COUNTED[closed.outcome])
         log.info(
             "turn ended",
             work_id=record.work_id,

@@ -6,6 +6,7 @@ from typing import Any
 from shared import wiring
 from shared.config import from_env
 from shared.keeping import Keeper, RoundState
+from shared.metrics import flushed
 
 
 @cache
@@ -15,6 +16,7 @@ def keeper() -> Keeper:
     return Keeper(config, wiring.work_api(config, key), key, wiring.store(config), wiring.now)
 
 
+@flushed
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     """Takes and returns the loop's state; an error is the loop's to retry."""
     return keeper().round(RoundState.model_validate(event)).model_dump()

@@ -10,6 +10,7 @@ from shared import wiring
 from shared.config import Config, from_env
 from shared.launching import Launcher, LaunchMessage, PutOff
 from shared.log import log
+from shared.metrics import flushed
 
 if TYPE_CHECKING:
     from types_boto3_sqs import SQSClient
@@ -32,6 +33,7 @@ def sqs() -> "SQSClient":
     return boto3.client("sqs")
 
 
+@flushed
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     """Malformed messages go to the dead-letter queue at once; those put off come back later and later."""
     failed = []

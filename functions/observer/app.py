@@ -5,6 +5,7 @@ from typing import Any
 
 from shared import wiring
 from shared.config import from_env
+from shared.metrics import flushed
 from shared.observing import Observer
 
 
@@ -14,6 +15,7 @@ def observer() -> Observer:
     return Observer(config, wiring.store(config), wiring.queue(config), wiring.wake_stopper(config), wiring.now)
 
 
+@flushed
 def handler(event: dict[str, Any], context: Any) -> None:
     """Anything but a task's state change is ignored; an error is retried by Lambda."""
     detail = event.get("detail")

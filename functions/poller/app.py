@@ -7,6 +7,7 @@ from shared import wiring
 from shared.claiming import Claimer
 from shared.config import Missing, from_env
 from shared.log import log
+from shared.metrics import flushed
 from shared.work_api import WorkApiError
 
 _SAFETY_MS = 5_000
@@ -27,6 +28,7 @@ def claimer() -> Claimer:
     )
 
 
+@flushed
 def handler(event: dict[str, Any], context: Any) -> dict[str, int]:
     """Any event will do: it is only a doorbell."""
     try:

@@ -6,6 +6,7 @@ from typing import Any
 from shared import wiring
 from shared.config import SHARD, from_env
 from shared.keeping import Keeper
+from shared.metrics import flushed
 from shared.stopping import Stopper
 
 
@@ -18,6 +19,7 @@ def stopper() -> Stopper:
     return Stopper(config, api, keeper, store, wiring.sandboxes(config), wiring.queue(config), wiring.now)
 
 
+@flushed
 def handler(event: dict[str, Any], context: Any) -> dict[str, int]:
     """`{"shard": ...}` from the loop, `{"work_ids": [...]}` from observer and tickets."""
     if "work_ids" in event:

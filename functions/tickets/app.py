@@ -10,6 +10,7 @@ from pydantic import SecretStr, ValidationError
 
 from shared import wiring
 from shared.config import from_env
+from shared.metrics import flushed
 from shared.ticketing import TicketRefused, TicketRequest, Tickets, TurnEnded
 
 _LONGEST_BODY = 4096
@@ -22,6 +23,7 @@ def tickets() -> Tickets:
     return Tickets(wiring.store(config), wiring.wake_stopper(config), wiring.now, key)
 
 
+@flushed
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     """POST / exchanges a ticket, POST /turn-ended takes the last word. A refusal tells nothing more (DESIGN §6)."""
     method = ((event.get("requestContext") or {}).get("http") or {}).get("method")
