@@ -38,6 +38,7 @@ class Config(BaseModel):
     retention_days: int = 30
     hand_over_environment_key: bool = False
     dead_letters_url: str = ""
+    force_stop_strands: bool = False
 
     @property
     def retention_seconds(self) -> int:

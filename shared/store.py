@@ -1,6 +1,7 @@
 """The record store: DynamoDB, its in-memory twin, and the one way to change a record. No rules live here.
 
-Keys: pk = work id; sk = "record" or "lease"; pk = "loop#<shard>" keeps the lease loop's generation.
+Keys: pk = work id; sk = "record" or "lease"; pk = "loop#<shard>" keeps the lease loop's generation,
+pk = "janitor" what the janitor saw in its last round.
 """
 
 import threading
@@ -46,6 +47,12 @@ class Store(Protocol):
 
     def raise_loop_generation(self, shard: str, current: int) -> int:
         """`current` + 1. Raises Conflict if someone raised it first."""
+
+    def marks(self) -> dict[str, int]:
+        """What the janitor's last round saw, each with the time when it was first seen; read consistently."""
+
+    def save_marks(self, marks: dict[str, int]) -> None:
+        """Written over whole. A lost write only means that something is looked at once more."""
 
 
 def change(store: Store, work_id: str, decide: Callable[[Record], Record | None]) -> Record | None:
@@ -133,6 +140,15 @@ class DynamoStore:
         self._put(item, "attribute_not_exists(pk) OR generation = :current", _values(self._out, current=current))
         return current + 1
 
+    def marks(self) -> dict[str, int]:
+        reply = self._client.get_item(TableName=self._table, Key=self._key("janitor", "marks"), ConsistentRead=True)
+        marks = self._plain(reply["Item"])["seen"] if "Item" in reply else {}
+        return {what: int(at) for what, at in marks.items()}
+
+    def save_marks(self, marks: dict[str, int]) -> None:
+        item = {"pk": "janitor", "sk": "marks", "seen": marks}
+        self._client.put_item(TableName=self._table, Item={name: self._out(value) for name, value in item.items()})
+
     def _put(self, item: dict[str, Any], condition: str, extra: dict[str, Any]) -> None:
         try:
             self._client.put_item(
@@ -181,6 +197,7 @@ class MemoryStore:
         self._records: dict[str, Record] = {}
         self._leases: dict[str, Lease] = {}
         self._generations: dict[str, int] = {}
+        self._marks: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def get(self, work_id: str) -> Record | None:
@@ -225,3 +242,9 @@ class MemoryStore:
                 raise Conflict(f"the generation of loop {shard} was raised by another actor")
             self._generations[shard] = current + 1
             return current + 1
+
+    def marks(self) -> dict[str, int]:
+        return dict(self._marks)
+
+    def save_marks(self, marks: dict[str, int]) -> None:
+        self._marks = dict(marks)

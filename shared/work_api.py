@@ -326,11 +326,16 @@ class WorkApi:
         return self._retrying(lambda: self._read(WorkPage, self._send("GET", "", "list", params=params), "list"))
 
     def list_all(self) -> Iterator[Work]:
-        """Every item, page after page; Refused if the server repeats a page's cursor."""
+        """Every item, page after page; raises as `list_pages`."""
+        for page in self.list_pages():
+            yield from page.data
+
+    def list_pages(self) -> Iterator[WorkPage]:
+        """Every page, each read when it is asked for; Refused if the server repeats a page's cursor."""
         page, seen = None, set[str]()
         while True:
             reply = self.list(page=page)
-            yield from reply.data
+            yield reply
             page = reply.next_page
             if not page:
                 return

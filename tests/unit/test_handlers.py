@@ -73,7 +73,7 @@ def test_every_function_has_a_sample_event_and_a_handler() -> None:
             assert callable(app(folder.name).handler)
 
 
-@pytest.mark.parametrize("function", ["poller", "keeper", "stopper", "observer", "tickets", "launcher"])
+@pytest.mark.parametrize("function", ["poller", "keeper", "stopper", "observer", "tickets", "launcher", "janitor"])
 def test_missing_configuration_is_named(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Config.model_fields:
         monkeypatch.delenv(f"FLEET_{name.upper()}", raising=False)
@@ -227,3 +227,12 @@ def test_types_that_hold_secrets_hide_them(records: MemoryStore) -> None:
     assert isinstance(record, Record)
     assert isinstance(record.secret, SecretStr)
     assert SECRET not in f"{record!r} {record}"
+
+
+def test_the_janitor_ends_well_before_its_function_s_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    janitor, until = app("janitor"), list[int]()
+    monkeypatch.setattr(janitor, "janitor", lambda: SimpleNamespace(sweep=until.append))
+    monkeypatch.setattr(janitor.wiring, "now", lambda: TURN)
+    context = SimpleNamespace(get_remaining_time_in_millis=lambda: 300_000)
+    assert janitor.handler(sample("janitor_schedule"), context) is None
+    assert until == [TURN + 210_000]

@@ -150,3 +150,12 @@ def test_a_beat_costs_one_write_unit_at_the_largest_sizes() -> None:
     [item] = written
     assert sum(len(name) + size(value) for name, value in item.items()) <= 1024
     assert "shard" not in item, "it would be a write to the live index as well"
+
+
+def test_the_janitor_s_marks_are_written_over_whole(store: Store) -> None:
+    assert store.marks() == {}
+    store.save_marks({"task arn:a": 1_800_000_000_000, "item w starting None": 2})
+    store.save_marks({"task arn:a": 1_800_000_000_000})
+    assert store.marks() == {"task arn:a": 1_800_000_000_000}
+    store.save_marks({})
+    assert store.marks() == {}
