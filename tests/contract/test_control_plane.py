@@ -1,5 +1,6 @@
 """The control plane's own parts against the emulator over HTTP; ECS, SQS and the loop are played here."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from shared.record import Outcome, Phase, Record
 from shared.sandboxes import LaunchFailed
 from shared.stopping import Stopper
 from shared.store import MemoryStore
+from shared.sweeping import Janitor
 from shared.ticketing import TicketRefused, TicketRequest, Tickets, TurnEnded
 from shared.work_api import NO_HEARTBEAT, Unanswered, WorkApi
 from tests.contract.conftest import RunningEmulator
@@ -75,6 +77,9 @@ class FakeEcs:
     def describe(self, arns: list[str]) -> dict[str, dict[str, Any]]:
         return {arn: self.tasks[arn] for arn in arns if arn in self.tasks}
 
+    def meant_to_run(self) -> list[str]:
+        return [arn for arn, task in self.tasks.items() if task.get("desiredStatus") != "STOPPED"]
+
     def find(self, name: str) -> list[str]:
         return [arn for arn, task in self.tasks.items() if task["startedBy"] == name]
 
@@ -117,6 +122,14 @@ class Plane:
         )
         self.observer = Observer(queue=self.queue, wake_stopper=self.woken.append, **parts)  # type: ignore[arg-type]
         self.tickets = Tickets(self.store, self.woken.append, self.now)
+        self.janitor = Janitor(
+            api=self.api,
+            sandboxes=self.ecs,  # type: ignore[arg-type]
+            claimer=self.claimer,
+            observer=self.observer,
+            wake_stopper=self.woken.append,
+            **parts,
+        )
 
     def now(self) -> int:
         return self.time
@@ -564,3 +577,51 @@ def test_the_lease_of_a_recognised_claim_is_dated_from_the_ack_not_from_the_retr
     monkeypatch.setattr(plane.api, "heartbeat", lose_first)
     assert plane.poll() == 1
     assert plane.store.get_leases([work_id])[work_id].accepted_sent_at == acked_at
+
+
+def test_a_strand_of_another_worker_is_force_stopped_by_the_second_round_if_wanted(plane: Plane) -> None:
+    """FIELD_NOTES 1: acked and never beaten, the server never offers it again."""
+    plane.janitor.config = CONFIG.model_copy(update={"force_stop_strands": True})
+    work_id = plane.queue_session()
+    plane.time = time.time_ns() // 1_000_000  # the emulator's timestamps are compared with our clock
+    assert plane.api.poll()
+    plane.api.ack(work_id)  # and that worker dies
+    for _ in range(3):
+        plane.pass_seconds(300)
+        plane.janitor.sweep(plane.time + 100_000)
+    assert plane.api_state(work_id) == "starting"  # too young for two rounds
+    for _ in range(2):
+        plane.pass_seconds(300)
+        plane.janitor.sweep(plane.time + 100_000)
+    assert plane.api_state(work_id) == "stopped"
+
+
+def test_a_session_that_another_worker_serves_is_never_stopped_by_the_janitor(plane: Plane) -> None:
+    plane.janitor.config = CONFIG.model_copy(update={"force_stop_strands": True})
+    work_id = plane.queue_session()
+    plane.time = time.time_ns() // 1_000_000
+    assert plane.api.poll()
+    plane.api.ack(work_id)
+    value = plane.api.heartbeat(work_id, NO_HEARTBEAT).last_heartbeat
+    for _ in range(8):
+        plane.pass_seconds(250)
+        value = plane.api.heartbeat(work_id, value).last_heartbeat
+        plane.janitor.sweep(plane.time + 100_000)
+    assert plane.api_state(work_id) == "active"
+    assert not plane.stops()
+
+
+def test_a_turn_whose_every_event_was_lost_is_seen_through_by_the_janitor(plane: Plane) -> None:
+    work_id = plane.queue_session()
+    plane.poll()
+    plane.launcher.launch(plane.queue.sent[-1])
+    arn = plane.record(work_id).task_arn
+    assert arn
+    plane.ecs.becomes(arn, "RUNNING")
+    plane.janitor.sweep(plane.time + 100_000)
+    assert plane.record(work_id).phase is Phase.RUNNING
+    plane.ecs.becomes(arn, "STOPPED", 0)
+    plane.janitor.sweep(plane.time + 100_000)
+    assert plane.woken == [work_id]
+    assert plane.stop() == 1
+    assert plane.record(work_id).outcome is Outcome.COMPLETED

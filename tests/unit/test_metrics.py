@@ -207,6 +207,14 @@ def test_a_turn_s_bad_end_is_counted_once_when_its_record_closes(
     assert counted == ([metric] if metric else [])
 
 
+def observe(store: MemoryStore, record: Record, status: str, exit_code: int | None, lived_ms: int = 0) -> None:
+    queue: Any = SimpleNamespace(send=lambda record: None)
+    observer = Observer(Config(table="work"), store, queue, lambda work_id: None, lambda: NOW + lived_ms)
+    container = {"name": "sandbox", "exitCode": exit_code}
+    named = {"taskArn": "arn", "startedBy": record.started_by, "version": 5}
+    observer.observe(named | {"lastStatus": status, "containers": [container]})
+
+
 @pytest.mark.parametrize(
     ("exit_code", "lived_ms", "short"), [(0, 9_999, True), (11, 0, True), (0, 10_000, False), (137, 1_000, False)]
 )
@@ -216,18 +224,25 @@ def test_a_sandbox_that_ends_cleanly_within_seconds_is_counted(
     """FIELD_NOTES 2: a sandbox that exits 0 in seconds left its session stuck."""
     store = MemoryStore()
     record = running(store)
-    queue: Any = SimpleNamespace(send=lambda record: None)
-    observer = Observer(Config(table="work"), store, queue, lambda work_id: None, lambda: NOW + lived_ms)
-    stopped = {
-        "taskArn": "arn",
-        "startedBy": record.started_by,
-        "lastStatus": "STOPPED",
-        "version": 5,
-        "containers": [{"name": "sandbox", "exitCode": exit_code}],
-    }
-    observer.observe(stopped)
-    observer.observe(stopped)
+    for _ in range(2):  # an event may come twice
+        observe(store, record, "STOPPED", exit_code, lived_ms)
     assert counted == ([Metric.SHORT_SANDBOXES] if short else [])
+
+
+def test_a_sandbox_killed_for_a_stop_within_seconds_is_no_short_one(counted: list[Metric]) -> None:
+    store = MemoryStore()
+    record = running(store)
+    store.save(want_stop(record, Wish("asked", Outcome.STOPPED, post=True), NOW))
+    observe(store, record, "STOPPED", 137)
+    assert counted == []
+
+
+def test_an_earlier_attempt_s_exit_is_not_counted_when_the_next_one_runs(counted: list[Metric]) -> None:
+    store = MemoryStore()
+    record = running(store)
+    store.save(record.model_copy(update={"phase": Phase.LAUNCHING, "running_since": None, "exit_code": 0}))
+    observe(store, record, "RUNNING", None)
+    assert counted == []
 
 
 @pytest.mark.parametrize(
