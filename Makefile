@@ -10,7 +10,8 @@ PY_SOURCES := functions shared sandbox local tests
 export SAM_CLI_TELEMETRY := 0
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo test lint format types template-checks unit contract e2e lock clean
+.PHONY: help setup demo test lint format types template-checks unit simulation simulate simulate-selftest contract
+.PHONY: e2e lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,7 +45,7 @@ demo: setup  ## serve sessions end to end on a local AWS, with the real template
 
 # --- checks --------------------------------------------------------------------------------------------------
 
-test: lint types template-checks unit contract e2e  ## every check and test; the demo is the end-to-end test
+test: lint types template-checks unit simulation contract e2e  ## every check and test; the demo is the end-to-end test
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -65,6 +66,15 @@ template-checks: setup
 
 unit: setup  ## the tests that need no server
 	$(BIN)/python -m pytest tests/unit -q
+
+simulation: setup
+	$(BIN)/python -m pytest -q tests/simulation
+
+simulate: setup  ## play many seeds of the simulation (SEEDS=2000), or one with its history (SEED=17)
+	@$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED) --history,--seeds $(or $(SEEDS),2000))
+
+simulate-selftest: setup  ## break rule after rule: the simulation must catch each
+	@$(BIN)/python -m tests.simulation.selftest
 
 contract: setup  ## our parts against the official SDK, the emulator and the local AWS
 	$(BIN)/python -m pytest tests/contract -q

@@ -116,11 +116,16 @@ class ControlPlane:
     async def turn_ended(self, callback_secret: str, *, unserved: bool) -> bool:
         """Say that the turn is over and the item not known to be stopped, or that a message is left unserved.
 
-        Returns whether the word was taken. Raises ControlPlaneUnanswered.
+        Returns whether the control plane has stopped the item. Raises TicketRefused, ControlPlaneUnanswered.
         """
         body = {**self.attempt.as_fields(), "callback_secret": callback_secret, "unserved": unserved}
         response = await self._post(f"{self.url.rstrip('/')}/turn-ended", body, within=WORD_SECONDS)
-        return response.is_success
+        if not response.is_success:
+            raise TicketRefused(f"the tickets function answered HTTP {response.status_code} to the last word")
+        try:
+            return bool(response.json()["stopped"])
+        except (ValueError, TypeError, KeyError):
+            return False
 
     async def _post(self, url: str, body: dict[str, str | int], *, within: float) -> httpx2.Response:
         """The first answer that is not "try again", within so many seconds."""

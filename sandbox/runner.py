@@ -29,6 +29,9 @@ from json_log import JsonLines, configure_logging, describe, say
 from lease_guard import LeaseGuard
 
 POST_STOP_SECONDS = 5.0
+# Within the grace that tickets gives a turn which ended by itself (shared/ticketing.py).
+HAVE_STOPPED_SECONDS = 20.0
+STOPPED_YET_SECONDS = 2.0
 READ_HISTORY_SECONDS = 20.0
 # A tool may be about to finish by itself when a stop comes; then it is asked to end, then made to.
 TOOL_GRACE_SECONDS = 2.0
@@ -60,6 +63,8 @@ class ExitCode(enum.IntEnum):
     """The API does not know the session (404): it was deleted."""
     BAD_CONFIGURATION = 16
     """An environment variable is missing or makes no sense; the log names it and what sets it."""
+    NOT_STOPPED = 17
+    """The turn is over, but its item could not be stopped: a message may come and wait in it."""
 
 
 # --- configuration ----------------------------------------------------------------------------------------
@@ -328,15 +333,30 @@ async def serve_turn(config: Config, grant: Grant, early: EarlyEnd) -> None:
 
 
 async def close_turn(client: AsyncAnthropic, grant: Grant, control_plane: ControlPlane) -> ExitCode:
-    """Post the forced stop, then look for a message that slipped in before it (DESIGN §7)."""
-    if not await post_stop(client, grant):
-        # While the item stays active with nobody listening, a new message is lost: do not wait for ECS.
-        await tell_turn_ended(control_plane, grant, unserved=False)
+    """Have the item stopped, then look for a message that slipped in before (DESIGN §7).
+
+    While the item stays active with nobody listening, a new message is lost: do not wait for ECS.
+    """
+    if not await post_stop(client, grant) and not await have_it_stopped(control_plane, grant):
+        say(logging.ERROR, "the item could not be stopped: another attempt must look for messages")
+        return ExitCode.NOT_STOPPED
     if not await left_unserved(client, grant.session_id):
         return ExitCode.FINISHED
     say(logging.ERROR, "a message came before the stop and nobody works on it", session_id=grant.session_id)
     await tell_turn_ended(control_plane, grant, unserved=True)
     return ExitCode.UNSERVED
+
+
+async def have_it_stopped(control_plane: ControlPlane, grant: Grant) -> bool:
+    """Repeat the word until the control plane has stopped the item: after that no message slips in unseen.
+
+    Returns whether it has, within `HAVE_STOPPED_SECONDS`.
+    """
+    stopped: bool | None = False
+    with anyio.move_on_after(HAVE_STOPPED_SECONDS):
+        while (stopped := await tell_turn_ended(control_plane, grant, unserved=False)) is False:
+            await anyio.sleep(STOPPED_YET_SECONDS)
+    return bool(stopped)
 
 
 async def post_stop(client: AsyncAnthropic, grant: Grant) -> bool:
@@ -360,14 +380,18 @@ async def post_stop(client: AsyncAnthropic, grant: Grant) -> bool:
     return True
 
 
-async def tell_turn_ended(control_plane: ControlPlane, grant: Grant, *, unserved: bool) -> None:
-    """Give the control plane the word; failing that, it learns the end from ECS and the exit code."""
+async def tell_turn_ended(control_plane: ControlPlane, grant: Grant, *, unserved: bool) -> bool | None:
+    """Give the control plane the word; failing that, it learns the end from ECS and the exit code.
+
+    Returns whether the item is stopped; None if the word was not taken.
+    """
     try:
-        taken = await control_plane.turn_ended(grant.callback_secret.get_secret_value(), unserved=unserved)
-    except ControlPlaneUnanswered as error:
+        stopped = await control_plane.turn_ended(grant.callback_secret.get_secret_value(), unserved=unserved)
+    except (ControlPlaneUnanswered, TicketRefused) as error:
         say(logging.ERROR, "the end of the turn could not be told", unserved=unserved, error=describe(error))
-    else:
-        say(logging.INFO if taken else logging.ERROR, "end of the turn told", unserved=unserved, taken=taken)
+        return None
+    say(logging.INFO, "end of the turn told", unserved=unserved, stopped=stopped)
+    return stopped
 
 
 async def left_unserved(client: AsyncAnthropic, session_id: str) -> bool:

@@ -190,7 +190,7 @@ class Claimer:
                 reply = self.api.ack(record.work_id)
                 record = self.store.save(lifecycle.acked(record, reply.acknowledged_at, self.now()))
             except NotQueued:
-                if not repair and record.kind == "session":
+                if not repair:
                     return self._close(record, Outcome.NOT_OURS)
             except Gone:
                 return self._close(record, Outcome.LOST)

@@ -29,7 +29,7 @@ LONGEST_ID = 90  # characters: `startedBy` holds the id, the turn and the attemp
 _SAFE_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_ID}}}")
 
 # Exit codes of the runner (sandbox/runner.py) that need no diagnosis
-FINISHED, UNSERVED = 0, 11
+FINISHED, UNSERVED, NOT_STOPPED = 0, 11, 17
 HOPELESS_EXITS = {
     12: "the control plane refused its ticket",
     14: "the API refused the session's credential",
@@ -256,7 +256,8 @@ def after_no_answer(lease: Lease, now: int, wait_seconds: float | None) -> BeatR
     """429, 5xx, no reply, 401, 403: try again within the ttl; past the lease deadline the lease is lost."""
     if now >= lease.deadline(LEASE_MARGIN_MS):
         return lease_lost(lease)
-    wait = max(1_000, int((wait_seconds or 2.0) * 1000))
+    left = lease.deadline(LEASE_MARGIN_MS) - now
+    wait = max(1_000, int(wait_seconds * 1000)) if wait_seconds else max(2_000, min(15_000, left // 8))
     due = min(now + wait, lease.deadline(LEASE_MARGIN_MS))
     return BeatResult(lease.model_copy(update={"due_at": due}))
 
@@ -323,25 +324,29 @@ def after_container_stopped(
     if record.dead or record.phase not in (Phase.LAUNCHING, Phase.RUNNING, Phase.STOPPING):
         return None
     told = record.model_copy(update={"event_version": version, "exit_code": exit_code})
-    if record.phase is Phase.STOPPING:
+    finished = exit_code in (FINISHED, UNSERVED)  # only with its item stopped
+    if record.phase is Phase.STOPPING and (finished or not stops_before_death(record)):
         outcome = record.stop_outcome
-        if record.stop_reason == ALREADY_STOPPED.reason and exit_code in (FINISHED, UNSERVED):
+        if finished and record.stop_reason == ALREADY_STOPPED.reason:
             outcome = Outcome.UNSERVED if exit_code == UNSERVED else Outcome.COMPLETED
-        return told.noted(now, f"container dead: {diagnosis.summary}", dead=True, stop_outcome=outcome)
-    if exit_code in (FINISHED, UNSERVED) and record.phase is Phase.RUNNING:
+        post = record.post_stop and not stops_before_death(record)
+        return told.noted(now, f"container dead: {diagnosis.summary}", dead=True, stop_outcome=outcome, post_stop=post)
+    if finished:
         outcome = Outcome.UNSERVED if exit_code == UNSERVED else Outcome.COMPLETED
-        return _ended(told, now, StopWish("the turn ended", outcome, post=True))
+        return _ended(told, now, StopWish("the turn ended", outcome, post=False))
     if exit_code in HOPELESS_EXITS:
         wish = StopWish(f"the sandbox gave up: {HOPELESS_EXITS[exit_code]}", Outcome.FAILED, post=True)
         return _ended(told, now, wish)
     if diagnosis.kind is Kind.LAUNCH_PERMANENT:
         wish = StopWish(f"{diagnosis.summary}. {diagnosis.what_to_do}", Outcome.LAUNCH_FAILED, post=True)
         return _ended(told, now, wish)
+    unstopped = exit_code == NOT_STOPPED or record.phase is Phase.STOPPING
+    why = "its item could not be stopped" if unstopped else diagnosis.summary
     interrupted = diagnosis.kind is Kind.INTERRUPTED
     if not interrupted and record.attempt - record.interruptions >= max_attempts:
-        wish = StopWish(f"attempt {record.attempt} failed: {diagnosis.summary}", Outcome.FAILED, post=True)
-        return _ended(told, now, wish)
-    return _next_attempt(told, now, diagnosis.summary, interrupted=interrupted)
+        wish = StopWish(f"attempt {record.attempt} failed: {why}", Outcome.FAILED, post=True)
+        return _ended(told.model_copy(update={"phase": Phase.RUNNING}), now, wish)
+    return _next_attempt(told, now, why, interrupted=interrupted)
 
 
 def _ended(record: Record, now: int, wish: StopWish) -> Record:
@@ -365,11 +370,24 @@ def _next_attempt(record: Record, now: int, why: str, *, interrupted: bool) -> R
         ticket_nonce_hash=None,
         ticket_used_at=None,
         callback_hash=None,
+        stop_reason=None,
+        stop_outcome=None,
+        post_stop=False,
+        posting_until=None,
+        stop_task_from=None,
         stop_task_sent_at=None,
     )
 
 
 # --- the end (DESIGN §7) --------------------------------------------------------------------------------------
+
+ENDED_BY_ITSELF = (Outcome.COMPLETED, Outcome.UNSERVED)
+"""Outcomes whose stop is posted while the sandbox lives; else another attempt is made (docs/decisions/0005)."""
+
+
+def stops_before_death(record: Record) -> bool:
+    """Whether the item is to be stopped now, so that the sandbox can still look for a message that slipped in."""
+    return record.post_stop and not record.dead and record.stop_outcome in ENDED_BY_ITSELF
 
 
 def want_stop(record: Record, wish: StopWish, now: int) -> Record:

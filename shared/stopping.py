@@ -73,6 +73,8 @@ class Stopper:
             record = self.store.save(lifecycle.want_stop(record, wish, now))
         if record.phase is not Phase.STOPPING:
             return False
+        if lifecycle.stops_before_death(record):
+            record = self._post(record) or self.store.get(record.work_id) or record
         if not record.dead:
             after = self._kill(record)
             if after is None or not after.dead:
@@ -152,25 +154,29 @@ class Stopper:
         """The newest record once nothing is left to post; None: the next round goes on.
 
         A stop names no lease, so it follows an echo of ours within 5 s, is sent once, and by one stopper alone: the
-        record says that it is on its way before it is.
+        record says that it is on its way before it is. The same mark spaces the tries while the API does not answer.
         """
         lease = self.store.get_leases([record.work_id]).get(record.work_id)
         if lease is None or lease.over or lease.turn != record.turn:
-            return record
+            return self._nothing_to_post(record)
         echoed_at = self.now()
         if echoed_at < (record.posting_until or 0):
             return None
         result = self.keeper.beat(lease)
         if result is None:  # 404: nothing to stop
-            return record
+            return self._nothing_to_post(record)
         self.store.save_lease(result.lease, lease)
         if result.lease.over:
-            return record
+            return self._nothing_to_post(record)
         if not result.accepted:
+            self.store.save(record.model_copy(update={"posting_until": result.lease.due_at}))
             return None
         posting = self.store.save(record.noted(self.now(), "posting the stop", posting_until=echoed_at + _IN_FLIGHT_MS))
         if self.now() > echoed_at + _AFTER_ECHO_MS:
             return None
         with contextlib.suppress(Gone):
             self.api.stop(record.work_id, force=True)
-        return posting
+        return self.store.save(posting.noted(self.now(), "the item is stopped", post_stop=False))
+
+    def _nothing_to_post(self, record: Record) -> Record:
+        return self.store.save(record.model_copy(update={"post_stop": False}))

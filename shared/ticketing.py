@@ -15,7 +15,7 @@ from shared.record import Outcome, Phase, Record
 from shared.store import Store, change
 
 REPLAY_MS = 60_000
-_OWN_EXIT_GRACE_MS = 10_000
+_OWN_EXIT_GRACE_MS = 45_000  # the sandbox waits for its item's stop, then reads the history once more
 
 
 class TicketRefused(Exception):
@@ -99,16 +99,20 @@ class Tickets:
             callback_secret=SecretStr(callback),
         )
 
-    def turn_ended(self, word: TurnEnded) -> None:
-        """The sandbox could not stop its item, so we do. May come twice. Raises TicketRefused."""
+    def turn_ended(self, word: TurnEnded) -> bool:
+        """The sandbox could not stop its item, so we do; returns whether that is done. Repeated until it is.
+
+        Raises TicketRefused.
+        """
         given = hash_secret(word.callback_secret.get_secret_value())
         outcome = Outcome.UNSERVED if word.unserved else Outcome.COMPLETED
         wish = StopWish("the turn ended", outcome, post=True, grace_ms=_OWN_EXIT_GRACE_MS)
         now = self.now()
-        known = False
+        known = stopped = False
 
         def end(record: Record) -> Record | None:
-            nonlocal known
+            nonlocal known, stopped
+            stopped = record.phase is Phase.STOPPING and not record.post_stop
             known = lifecycle.is_current(record, word.turn, word.attempt) and _among(
                 given, (record.callback_hash or "",)
             )
@@ -125,6 +129,7 @@ class Tickets:
             raise TicketRefused
         if changed is not None:
             self.wake_stopper(word.work_id)
+        return stopped
 
 
 def _may_start(record: Record, turn: int, attempt: int) -> bool:

@@ -33,8 +33,8 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
         return _reply(405, {"error": "POST only"})
     try:
         if path == "turn-ended":
-            tickets().turn_ended(TurnEnded.model_validate_json(body))
-            return _reply(202, {})
+            stopped = tickets().turn_ended(TurnEnded.model_validate_json(body))
+            return _reply(202, {"stopped": stopped})
         credential = tickets().redeem(TicketRequest.model_validate_json(body))
     except ValidationError:
         return _reply(400, {"error": "malformed request"})

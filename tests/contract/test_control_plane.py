@@ -253,16 +253,33 @@ def test_an_item_claimed_by_a_foreign_worker_first_is_left_to_it(plane: Plane) -
     assert not plane.stops()
 
 
-def test_a_finished_turn_is_stopped_by_us_only_after_its_container_is_dead(plane: Plane) -> None:
+def test_a_turn_whose_sandbox_could_not_stop_its_item_has_it_stopped_while_the_sandbox_waits(plane: Plane) -> None:
+    """Only then can the sandbox look for a message that slipped in before the stop (docs/decisions/0006)."""
     work_id, arn = plane.run_to_running()
-    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 0))
+    word = last_word(plane, work_id)
+    assert not plane.tickets.turn_ended(word)
     assert plane.woken == [work_id]
-    assert plane.stopper.settle([work_id]) == 1
+    assert plane.stopper.settle([work_id]) == 0
+    assert plane.api_state(work_id) == "stopped"
+    assert "desiredStatus" not in plane.ecs.tasks[arn]
+    assert plane.tickets.turn_ended(word)
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 0))
+    assert plane.stop() == 1
     record = plane.record(work_id)
     assert (record.phase, record.outcome, record.exit_code) == (Phase.STOPPED, Outcome.COMPLETED, 0)
     assert record.secret is None
-    assert plane.api_state(work_id) == "stopped"
     assert len(plane.stops()) == 1
+
+
+@pytest.mark.parametrize("exit_code", [17, 1, 137])
+def test_a_sandbox_that_ended_before_its_item_was_stopped_has_a_successor_look(plane: Plane, exit_code: int) -> None:
+    """A stop posted now could bury a message that came since its last look."""
+    work_id, arn = plane.run_to_running()
+    plane.tickets.turn_ended(last_word(plane, work_id))
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", exit_code))
+    record = plane.record(work_id)
+    assert (record.phase, record.attempt, record.stop_reason) == (Phase.HELD, 2, None)
+    assert not plane.stops()
 
 
 def test_a_turn_that_the_sandbox_stopped_itself_is_completed_without_a_second_stop(plane: Plane) -> None:
@@ -447,6 +464,18 @@ def request(plane: Plane, work_id: str, nonce: str = "n1", ticket: str | None = 
     )
 
 
+def last_word(plane: Plane, work_id: str, *, unserved: bool = False) -> TurnEnded:
+    credential = plane.tickets.redeem(request(plane, work_id))
+    record = plane.record(work_id)
+    return TurnEnded(
+        work_id=work_id,
+        turn=record.turn,
+        attempt=record.attempt,
+        callback_secret=credential.callback_secret,
+        unserved=unserved,
+    )
+
+
 def test_a_ticket_is_exchanged_once_and_its_lost_reply_may_be_asked_for_again(plane: Plane) -> None:
     work_id, _ = plane.run_to_running()
     first = plane.tickets.redeem(request(plane, work_id))
@@ -482,11 +511,7 @@ def test_the_environment_key_is_handed_over_only_without_a_secret_and_only_if_al
 
 def test_the_last_word_needs_the_callback_secret_and_ends_the_turn(plane: Plane) -> None:
     work_id, arn = plane.run_to_running()
-    credential = plane.tickets.redeem(request(plane, work_id))
-    record = plane.record(work_id)
-    word = TurnEnded(
-        work_id=work_id, turn=record.turn, attempt=1, callback_secret=credential.callback_secret, unserved=True
-    )
+    word = last_word(plane, work_id, unserved=True)
     with pytest.raises(TicketRefused):
         plane.tickets.turn_ended(word.model_copy(update={"callback_secret": SecretStr("guess")}))
     plane.tickets.turn_ended(word)
@@ -500,7 +525,7 @@ def test_of_two_stoppers_on_one_ended_turn_only_one_posts_the_stop(
 ) -> None:
     """Observer and loop may both wake a stopper: a second stop could end the session's next turn (DESIGN §7)."""
     work_id, arn = plane.run_to_running()
-    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 0))
+    plane.tickets.turn_ended(last_word(plane, work_id))
     real = plane.api.stop
     nested: list[bool] = []
 
@@ -511,8 +536,10 @@ def test_of_two_stoppers_on_one_ended_turn_only_one_posts_the_stop(
         return real(*arguments, **options)
 
     monkeypatch.setattr(plane.api, "stop", stop_while_another_looks)
-    assert plane.stopper.settle([work_id]) == 1
+    plane.stopper.settle([work_id])
     assert len(plane.stops()) == 1
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 0))
+    assert plane.stop() == 1
     assert plane.record(work_id).outcome is Outcome.COMPLETED
 
 
@@ -520,8 +547,11 @@ def test_a_stop_whose_reply_was_lost_is_repeated_only_after_another_echo(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The item may be a new turn's by then: the echo finds it stopped and nothing more is posted."""
-    _work_id, arn = plane.run_to_running()
-    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 0))
+    work_id, arn = plane.run_to_running()
+    plane.emulator.control("POST", f"work/{work_id}/stop", {"force": False})
+    plane.pass_seconds(30)
+    plane.beat()
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 10))
     real = plane.api.stop
 
     def lose(*arguments: Any, **options: Any) -> Any:

@@ -132,7 +132,7 @@ def test_an_unusable_grant_is_told_without_its_secrets(body: object, named: str)
 
 @pytest.mark.parametrize("url", ["http://tickets.test", "http://tickets.test/", "http://tickets.test/id/"])
 def test_the_word_goes_to_the_tickets_url_plus_turn_ended(url: str) -> None:
-    tickets = Tickets(httpx2.Response(503), httpx2.Response(200))
+    tickets = Tickets(httpx2.Response(503), httpx2.Response(202, json={"stopped": True}))
     assert tickets.run(lambda plane: plane.turn_ended("callback", unserved=True), url)
     sent = {
         "work_id": "work_1",
@@ -146,8 +146,15 @@ def test_the_word_goes_to_the_tickets_url_plus_turn_ended(url: str) -> None:
 
 def test_a_word_refused_is_not_repeated() -> None:
     tickets = Tickets(httpx2.Response(403))
-    assert not tickets.run(lambda plane: plane.turn_ended("callback", unserved=False))
+    with pytest.raises(TicketRefused):
+        tickets.run(lambda plane: plane.turn_ended("callback", unserved=False))
     assert len(tickets.requests) == 1
+
+
+@pytest.mark.parametrize("body", [b'{"stopped": false}', b"{}", b"[]", b"not json", b""])
+def test_only_a_clear_yes_says_that_the_item_is_stopped(body: bytes) -> None:
+    tickets = Tickets(httpx2.Response(202, content=body))
+    assert tickets.run(lambda plane: plane.turn_ended("callback", unserved=False)) is False
 
 
 def test_a_grant_shows_no_secret() -> None:

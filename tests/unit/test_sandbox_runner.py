@@ -133,7 +133,7 @@ def test_bad_configuration_ends_with_one_clear_line_and_its_own_code() -> None:
 
 def test_exit_codes_are_distinct_and_none_is_one_that_shells_and_engines_use() -> None:
     codes = [int(code) for code in ExitCode]
-    assert len(set(codes)) == len(ExitCode.__members__) == 9
+    assert len(set(codes)) == len(ExitCode.__members__) == 10
     assert all(code == 0 or (code != 2 and code < 64) for code in codes)
 
 
@@ -221,6 +221,7 @@ class FarSide:
         self.stop, self.word = stop, word
         self.history: list[dict[str, object]] | int = [] if history is None else history
         self.sent: list[str] = []
+        self.words_until_stopped = 1
         self.stop_request: httpx2.Request | None = None
 
     def _answer(self, request: httpx2.Request) -> httpx2.Response:
@@ -234,7 +235,9 @@ class FarSide:
             body = json.loads(request.content)
             assert body["callback_secret"] == "callback-secret"
             self.sent.append(f"word unserved={body['unserved']}")
-            return httpx2.Response(self.word)
+            return httpx2.Response(
+                self.word, json={"stopped": self.sent.count(self.sent[-1]) >= self.words_until_stopped}
+            )
         self.sent.append("history")
         if isinstance(self.history, int):
             return httpx2.Response(self.history, headers={"x-should-retry": "false"}, json={})
@@ -296,9 +299,29 @@ def test_the_history_is_read_after_the_word_that_makes_the_control_plane_stop() 
     assert far.sent == ["stop", "word unserved=False", "history", "word unserved=True"]
 
 
-def test_an_unreadable_history_or_a_refused_word_does_not_undo_a_finished_turn() -> None:
+def test_the_word_is_repeated_until_the_item_is_stopped_and_only_then_is_the_history_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A message that came between the two would be lost without a word."""
+    monkeypatch.setattr(runner, "STOPPED_YET_SECONDS", 0.01)
+    far = FarSide(403)
+    far.words_until_stopped = 3
+    assert far.close() is ExitCode.FINISHED
+    assert far.sent == ["stop", *["word unserved=False"] * 3, "history"]
+
+
+def test_an_item_that_could_not_be_stopped_is_told_by_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "STOPPED_YET_SECONDS", 0.01)
+    monkeypatch.setattr(runner, "HAVE_STOPPED_SECONDS", 0.1)
+    far = FarSide(403)
+    far.words_until_stopped = 10**9
+    assert far.close() is ExitCode.NOT_STOPPED
+    assert FarSide(403, word=403).close() is ExitCode.NOT_STOPPED
+    assert "history" not in far.sent
+
+
+def test_an_unreadable_history_does_not_undo_a_finished_turn() -> None:
     assert FarSide(200, 403).close() is ExitCode.FINISHED
-    assert FarSide(403, word=403).close() is ExitCode.FINISHED
 
 
 # --- tools' processes -------------------------------------------------------------------------------------

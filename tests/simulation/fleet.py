@@ -1,0 +1,524 @@
+"""The whole fleet in one process: the real shared/ and handlers between simulated far sides, users and sandboxes."""
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import shared.claiming
+import shared.keeping
+import shared.metrics
+import shared.stopping
+import shared.wiring
+from local.work_api.state import Item, Refusal
+from shared.claiming import Claimer, LaunchQueue
+from shared.config import SHARD, Config
+from shared.environment_key import EnvironmentKey
+from shared.keeping import Keeper
+from shared.launching import Launcher
+from shared.log import log
+from shared.loop import LeaseLoop
+from shared.observing import Observer
+from shared.record import Outcome, Phase, Record
+from shared.sandboxes import Sandboxes
+from shared.stopping import Stopper
+from shared.store import MemoryStore
+from shared.sweeping import Janitor
+from shared.ticketing import Tickets
+from shared.work_api import WorkApi
+from tests.simulation.fargate import Fargate, Task
+from tests.simulation.machine import Machine
+from tests.simulation.outside import (
+    AnsweringTransport,
+    ApiTransport,
+    Faults,
+    Lambda,
+    LaunchMessages,
+    Loops,
+    Outside,
+    OutsideStore,
+    WatchedQueue,
+    server_clock,
+)
+
+START = 1_800_000_000_000
+ENVIRONMENT = "env_simulated"
+FUNCTIONS = Path(__file__).resolve().parents[2] / "functions"
+EXCUSED = {  # ways for a turn to end that tell a person of messages left unserved
+    Outcome.STOPPED,
+    Outcome.LAUNCH_FAILED,
+    Outcome.FAILED,
+    Outcome.TIMED_OUT,
+    Outcome.UNSERVED,
+}
+CONFIG = Config(
+    table="work",
+    environment_id=ENVIRONMENT,
+    base_url="http://simulated",
+    queue_url="launches",
+    dead_letters_url="dead",
+    cluster_arn="cluster",
+    task_definition_arn="definition",
+    subnets="subnet-1,subnet-2",
+    security_groups="sg-1",
+    state_machine_arn="arn:aws:states:x:1:stateMachine:loop",
+    key_secret_arn="secret",
+    stopper_function="stopper",
+    max_sessions=20,
+    lease_ttl_seconds=300,
+    max_attempts=3,
+    start_timeout_seconds=180,
+    session_timeout_seconds=3_600,
+    stop_timeout_seconds=30,
+)
+
+
+class Violation(Exception):
+    """A promise of DESIGN §10 is broken."""
+
+
+@dataclass
+class Session:
+    """What users want of one session."""
+
+    work_id: str
+    pending: int = 0
+    served: int = 0
+    foreign: bool = False  # another worker or a user's stop touched it: its messages may end there
+
+
+@dataclass
+class Fleet:
+    """One run. `rate` is the chance that an outside call goes wrong, until `faults_until_ms` after the start."""
+
+    seed: int
+    rate: float = 0.0
+    faults_until_ms: int = 0
+    config: Config = CONFIG
+    script: Callable[[str, str], str | None] = lambda who, kind: None
+    violations: list[str] = field(default_factory=list)
+    slips: float = 0.0  # chance of a message just as a turn ends
+
+    def __post_init__(self) -> None:
+        self.machine = Machine(self.seed, START)
+        rng = self.machine.rng
+        self.faults = Faults(self.rate, START + self.faults_until_ms)
+        self.outside = Outside(self.machine, self.faults, self.script)
+        self.sessions: dict[str, Session] = {}
+        self.keys = {"sk-ant-oat01-KEY-1"}
+        self.secret_value = "sk-ant-oat01-KEY-1"
+        self.api_was_away: list[tuple[int, int]] = []
+        self._build_api(rng.randint(-20_000, 20_000))
+        self.records = MemoryStore()
+        self.store = OutsideStore(self.outside, self.records, self._check_record)
+        self.functions = Lambda(self.machine)
+        self.messages = LaunchMessages(self.machine, self.outside, self.functions)
+        self.loops = Loops(self.machine, self.outside, self.functions)
+        self.fargate = Fargate(
+            self.machine,
+            self.outside,
+            self.functions,
+            self._sandbox,
+            self.config.stop_timeout_seconds * 1000,
+            self._check_task,
+        )
+        self._build_functions()
+        self.reported: set[str] = set()  # items that the janitor called stranded
+        _listen(self)
+
+    # --- the far side's users ----------------------------------------------------------------------------------
+
+    def new_session(self) -> Session:
+        work_id = f"sesn_{len(self.sessions) + 1}"
+        session = self.sessions[work_id] = Session(work_id)
+        self.queue.enqueue(work_id)
+        session.pending += 1
+        self.machine.note("user", f"new session {work_id}")
+        return session
+
+    def message(self, session: Session) -> None:
+        session.pending += 1
+        queued = self.queue.message_arrived(session.work_id)
+        self.machine.note("user", f"message to {session.work_id}{': queued again' if queued else ''}")
+
+    def ask_to_stop(self, session: Session, *, force: bool) -> None:
+        self.queue.stop(session.work_id, force=force)
+        session.foreign = True
+        self.machine.note("user", f"{'forced' if force else 'graceful'} stop of {session.work_id}")
+
+    def foreign_worker(self) -> None:
+        """Another worker of the same environment: polls once, serves what it got, keeps its lease."""
+        item = self.queue.poll()
+        if item is None:
+            return
+        self.machine.sleep(self.machine.rng.randint(5, 3_000))
+        try:
+            self.queue.ack(item.id)
+        except Refusal:
+            return
+        stay = (item.id, item.started_at)
+        self.queue.acked_by[stay] = "foreign"
+        self.machine.note("foreign", f"acked {item.id}")
+        self.machine.sleep(self.machine.rng.randint(5, 3_000))
+        try:
+            value = self.queue.heartbeat(item.id, "NO_HEARTBEAT")["last_heartbeat"]
+        except Refusal:
+            return
+        if self.queue.get(item.id).state != "active":
+            return
+        self.queue.held_by[stay] = "foreign"
+        session = self.sessions.get(item.id)
+        if session:
+            session.foreign = True
+        for _ in range(self.machine.rng.randint(1, 6)):
+            self.machine.sleep(30_000)
+            try:
+                value = self.queue.heartbeat(item.id, value)["last_heartbeat"]
+            except Refusal:
+                return
+        if session:
+            session.pending = 0
+        self.queue.stop(item.id, force=True)
+        self.machine.note("foreign", f"finished {item.id}")
+
+    def rotate_key(self) -> None:
+        """The new key is put first; the old one ends a while later."""
+        new = f"sk-ant-oat01-KEY-{len(self.keys) + 1}"
+        self.keys.add(new)
+        old, self.secret_value = self.secret_value, new
+        self.machine.later(self.machine.rng.choice([0, 60_000, 300_000]), lambda: self.keys.discard(old))
+        self.machine.note("owner", "key rotated")
+
+    def api_goes_away(self, seconds: int) -> None:
+        self.transport.away_until = self.machine.now + seconds * 1000
+        self.api_was_away.append((self.machine.now, self.transport.away_until))
+        self.machine.note("api", f"away for {seconds} s")
+
+    # --- the sandbox: the protocol of sandbox/runner.py ----------------------------------------------------------
+
+    def _sandbox(self, task: Task) -> int:
+        machine, rng = self.machine, self.machine.rng
+        work_id, attempt = task.environment["FLEET_WORK_ID"], task.environment
+        turn = {"work_id": work_id, "turn": int(attempt["FLEET_TURN"]), "attempt": int(attempt["FLEET_ATTEMPT"])}
+        machine.sleep(rng.randint(500, 5_000))
+        grant = self._exchange(task, turn)
+        if isinstance(grant, int):
+            return grant
+        session = self.sessions[work_id]
+        quiet_since = machine.now
+        while session.pending or machine.now - quiet_since < 10_000:
+            if task.told_to_stop:
+                machine.sleep(rng.randint(0, 20_000))
+                return 10
+            if self.faults.happens(machine, 0.002, "sandbox crashes"):
+                return 1
+            if self.faults.happens(machine, 0.002, "Spot interruption"):
+                task.code, task.reason = "SpotInterruption", "Your Spot Task was interrupted."
+                task.told_to_stop, task.desired = True, "STOPPED"
+                continue
+            if self.faults.happens(machine, 0.001, "sandbox hangs"):
+                machine.sleep(10_000_000)
+            machine.sleep(1_000)
+            if session.pending and rng.random() < 0.05:
+                session.pending -= 1
+                session.served += 1
+                quiet_since = machine.now
+        if rng.random() < self.slips:  # the moment that matters: a message around the stop
+            machine.later(rng.randint(0, 900), lambda: self.message(session))
+            machine.sleep(rng.randint(0, 500))
+        if self._posts_its_stop(work_id):
+            machine.note(task.arn, "stopped its item")
+        else:
+            until = machine.now + 20_000
+            while (stopped := self._tell_end(turn, grant, unserved=False)) is False and machine.now < until:
+                machine.sleep(2_000)
+            if not stopped:
+                return 17
+        machine.sleep(rng.randint(20, 500))
+        if session.pending:
+            self._tell_end(turn, grant, unserved=True)
+            return 11
+        return 0
+
+    def _exchange(self, task: Task, turn: dict[str, Any]) -> dict[str, Any] | int:
+        until = self.machine.now + 50_000
+        body = turn | {"ticket": task.environment["FLEET_TICKET"], "nonce": f"NONCE-{task.arn}"}
+        while True:
+            reply = self._url("/", body)
+            if reply["statusCode"] == 200:
+                granted: dict[str, Any] = json.loads(reply["body"])
+                if granted["work_secret"] != self._secret_of(turn["work_id"]):
+                    self.violations.append(f"{task.arn} got another session's credential")
+                return granted
+            if reply["statusCode"] < 500:
+                return 12
+            if task.told_to_stop:
+                return 10
+            if self.machine.now > until:
+                return 13
+            self.machine.sleep(self.machine.rng.randint(500, 8_000))
+
+    def _tell_end(self, turn: dict[str, Any], grant: dict[str, Any], *, unserved: bool) -> bool | None:
+        """Whether the item is stopped; None if the word was not taken."""
+        until = self.machine.now + 15_000
+        body = turn | {"callback_secret": grant["callback_secret"], "unserved": unserved}
+        while self.machine.now < until:
+            reply = self._url("/turn-ended", body)
+            if reply["statusCode"] < 500:
+                return bool(json.loads(reply["body"])["stopped"]) if reply["statusCode"] == 202 else None
+            self.machine.sleep(1_000)
+        return None
+
+    def _url(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        event = {"requestContext": {"http": {"method": "POST"}}, "rawPath": path, "body": json.dumps(body)}
+        failed = {"statusCode": 502, "body": ""}
+        lost = self.faults.happens(self.machine, 0.03, "URL reply lost")
+        try:
+            reply: dict[str, Any] = self.functions.call("tickets", event)
+        except Exception:  # noqa: BLE001  a Function URL answers 502 for whatever its function raised
+            return failed
+        return failed if lost else reply
+
+    def _posts_its_stop(self, work_id: str) -> bool:
+        """Once, with the session's own token."""
+        item = self.queue.get(work_id)
+        if self.machine.now < self.transport.away_until:
+            return False
+        self.machine.note("sandbox", f"posts the stop of {work_id} ({item.state})")
+        if self.faults.happens(self.machine, 0.05, "sandbox's stop refused"):
+            return False
+        self.queue.stop(work_id, force=True)
+        return not self.faults.happens(self.machine, 0.05, "sandbox's stop unanswered")
+
+    # --- a run -------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Let go of every process that still waits."""
+        self.machine.close()
+
+    def schedule(self, function: str, every_ms: int) -> None:
+        """A function's schedule, for ever; now and then missed or doubled."""
+
+        def fire() -> None:
+            self.machine.later(every_ms, fire)
+            if self.faults.happens(self.machine, 0.05, f"{function} missed"):
+                return
+            self.functions.send(function, {}, retries=0)
+            if self.faults.happens(self.machine, 0.1, f"{function} doubled"):
+                self.machine.later(self.machine.rng.randint(0, 2_000), lambda: self.functions.send(function, {}))
+
+        self.machine.later(self.machine.rng.randint(0, every_ms), fire)
+
+    def settled(self) -> bool:
+        """Nothing is left to do: what the promise "no work lost" comes to."""
+        now = self.machine.now
+        return (
+            all(self._over(item) for item in self.queue._items.values())
+            and not self.records.live(SHARD)
+            and not any(task.runs for task in self.fargate.tasks.values())
+            and "RUNNING" not in self.loops.executions.values()
+            and not self.messages.messages
+            and not any(now < until for _, until in self.api_was_away)
+            and not self.functions.running
+        )
+
+    def _over(self, item: Item) -> bool:
+        """A stop that was asked for while nobody held the item is the one strand that is only reported (W§6.4)."""
+        return item.state == "stopped" or (item.state == "stopping" and item.id in self.reported)
+
+    def unsettled(self) -> list[str]:
+        """What is still open, for people."""
+        found = [f"{i.id}: the API has it as {i.state}" for i in self.queue.items() if not self._over(i)]
+        found += [f"{e.work_id}: our record is {e.phase}" for e in self.records.live(SHARD)]
+        found += [f"{t.arn} ({t.started_by}) runs" for t in self.fargate.tasks.values() if t.runs]
+        found += [f"loop {name} runs" for name, status in self.loops.executions.items() if status == "RUNNING"]
+        return found + [f"message {m['body']} waits" for m in self.messages.messages.values()]
+
+    def check_end(self) -> None:
+        """After everything settled: nobody waits without being told."""
+        for session in self.sessions.values():
+            record = self.records.get(session.work_id)
+            if record is None:
+                if not session.foreign:
+                    self.violations.append(f"{session.work_id} was never served")
+                continue
+            if session.pending and not session.foreign and record.outcome not in EXCUSED:
+                self.violations.append(
+                    f"{session.work_id}: {session.pending} messages left unserved and unreported ({record.outcome})"
+                )
+            if record.secret is not None:
+                self.violations.append(f"{session.work_id}: the secret outlived its turn")
+        if self.messages.dead:
+            self.violations.append(f"dead letters: {self.messages.dead}")
+
+    # --- what must hold at every step (DESIGN §10) -----------------------------------------------------------------
+
+    def _check_task(self, task: Task) -> None:
+        if not task.runs:
+            return
+        work_id = task.environment["FLEET_WORK_ID"]
+        others = [
+            other.arn
+            for other in self.fargate.tasks.values()
+            if other is not task and other.runs and other.environment["FLEET_WORK_ID"] == work_id
+        ]
+        if others:
+            self.violations.append(f"two sandboxes of {work_id} run at once: {task.arn} and {others}")
+        self.machine.later(420_000, lambda: self._check_orphan(task))
+
+    def _check_orphan(self, task: Task) -> None:
+        """None outlives its record by more than a janitor round."""
+        if not task.runs:
+            return
+        record = self.records.get(task.environment["FLEET_WORK_ID"])
+        if record is None or not record.is_live or record.started_by != task.started_by:
+            self.violations.append(f"{task.arn} ({task.started_by}) outlived its record")
+        self.machine.later(420_000, lambda: self._check_orphan(task))
+
+    def _check_stop(self, who: str, work_id: str) -> None:
+        item = self.queue.get(work_id)
+        holder = self.queue.holder(item)
+        if item.state != "stopped" and holder != who and (item.data_type == "session" or holder is not None):
+            self.violations.append(f"a stop was posted for {work_id}, {item.state}, held by {holder or 'nobody'}")
+
+    def _lapsed(self, item: Item, holder: str | None) -> None:
+        self.machine.note("api", f"the lease of {item.id} lapsed (held by {holder})")
+        if holder != "fleet":
+            return
+        since = self.machine.now - item.ttl_seconds * 1000 - 60_000
+        away = any(start < self.machine.now and until > since for start, until in self.api_was_away)
+        record = self.records.get(item.id)
+        live = [t for t in self.fargate.tasks.values() if t.runs and t.environment["FLEET_WORK_ID"] == item.id]
+        if live and record and record.phase is not Phase.STOPPING and not away:
+            self.violations.append(f"the lease of {item.id} lapsed while {live[0].arn} ran and the API answered")
+
+    def _check_record(self, before: Record | None, after: Record) -> None:
+        """A lease is given up only when it is gone, or so close to it that the server may count differently."""
+        if after.stop_outcome is not Outcome.LOST or (before and before.stop_outcome is Outcome.LOST):
+            return
+        item = self.queue.get(after.work_id)
+        beaten = item.latest_heartbeat_at
+        if item.state != "active" or self.queue.holder(item) != "fleet" or beaten is None:
+            return
+        left = item.ttl_seconds - (self.queue._now() - beaten).total_seconds()
+        if left > 30:
+            self.violations.append(f"the lease of {item.id} was given up {left:.0f} s before its end")
+
+    def heard(self, line: str, work_id: str | None) -> None:
+        """A log line of the code under test."""
+        if "item stranded" in line and work_id:
+            self.reported.add(work_id)
+        self.machine.note(self.machine.running(), line)
+        if "SECRET" in line or "KEY-" in line or "TICKET" in line:
+            self.violations.append(f"a secret was logged: {line}")
+
+    # --- assembly ------------------------------------------------------------------------------------------------
+
+    def _secret_of(self, work_id: str) -> str:
+        return f"SECRET-{work_id}"
+
+    def _build_api(self, skew_ms: int) -> None:
+        self.queue = WatchedQueue(ENVIRONMENT, server_clock(self.machine, skew_ms))
+        self.queue.lapsed = self._lapsed
+        self.transport = ApiTransport(self.outside, self.queue, "fleet", self.keys, self._secret_of, self._check_stop)
+
+    def _build_functions(self) -> None:
+        machine, config, functions = self.machine, self.config, self.functions
+
+        def now() -> int:
+            return machine.now
+
+        def sleep(seconds: float) -> None:
+            machine.sleep(seconds * 1000)
+
+        def read_secret(**_: Any) -> dict[str, str]:
+            value: dict[str, str] = self.outside.call("secrets.get", lambda: {"SecretString": self.secret_value})
+            return value
+
+        count = iter(range(1_000_000))
+        client: Any = SimpleNamespace(get_secret_value=read_secret)
+        key = EnvironmentKey(client, "secret", now=lambda: machine.now / 1000)
+        api = WorkApi("http://simulated", ENVIRONMENT, key, transport=AnsweringTransport(self.transport), sleep=sleep)
+        store: Any = self.store
+        sandboxes = Sandboxes(self.fargate, config)  # type: ignore[arg-type]
+        queue = LaunchQueue(self.messages, "launches")  # type: ignore[arg-type]
+        loop = LeaseLoop(self.loops, config.state_machine_arn, store)  # type: ignore[arg-type]
+
+        def wake(work_id: str) -> None:
+            self.outside.call("lambda.invoke", lambda: functions.send("stopper", {"work_ids": [work_id]}))
+
+        keeper = Keeper(config, api, key, store, now)
+        claimer = Claimer(config, api, key, store, queue, loop, now, sleep)
+        observer = Observer(config, store, queue, wake, now)
+        parts: dict[str, Any] = {
+            "claimer": claimer,
+            "janitor": Janitor(config, api, store, sandboxes, claimer, observer, wake, now),
+            "launcher": Launcher(config, store, sandboxes, now, lambda: f"TICKET-{next(count)}"),
+            "keeper": keeper,
+            "stopper": Stopper(config, api, keeper, store, sandboxes, queue, now),
+            "observer": observer,
+            "tickets": Tickets(store, wake, now, None, lambda: f"SECRET-callback-{next(count)}"),
+        }
+        for name, module in APPS.items():
+            built = "claimer" if name == "poller" else name
+            setattr(module, built, lambda part=parts[built]: part)
+            functions.handlers[name] = module.handler
+        APPS["launcher"].config = lambda: config  # type: ignore[attr-defined]
+        APPS["launcher"].sqs = lambda: self.messages  # type: ignore[attr-defined]
+        functions.timeouts.update(TIMEOUTS_MS)
+        for module in (shared.claiming, shared.keeping, shared.stopping):
+            module.ThreadPoolExecutor = machine.pool  # type: ignore[attr-defined]
+        shared.claiming.wait = machine.wait  # type: ignore[attr-defined,assignment]
+        shared.wiring.now = now
+        shared.metrics.flush = shared.metrics._sink.clear_metrics
+
+
+TIMEOUTS_MS = {
+    "poller": 120_000,
+    "launcher": 60_000,
+    "keeper": 30_000,
+    "stopper": 30_000,
+    "observer": 30_000,
+    "tickets": 10_000,
+    "janitor": 300_000,
+}
+
+
+def _load(function: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"simulated_{function}", FUNCTIONS / function / "app.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+APPS = {name: _load(name) for name in TIMEOUTS_MS}
+
+
+class _Ear(logging.Handler):
+    """Hears every log line of the run that is on."""
+
+    fleet: Fleet | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.fleet is not None:
+            known = logging.makeLogRecord({}).__dict__
+            extras = {k: v for k, v in record.__dict__.items() if k not in known and k != "message"}
+            trace = f" {record.exc_info[1]!r}" if record.exc_info else ""
+            line = f"{record.levelname} {record.getMessage()} {extras or ''}{trace}"
+            self.fleet.heard(line, extras.get("work_id"))
+
+
+_EAR = _Ear()
+
+
+def _listen(fleet: Fleet) -> None:
+    logger = logging.getLogger(log._logger.name)
+    logger.handlers = [_EAR]
+    logger.propagate = False
+    _EAR.fleet = fleet
