@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from shared import lifecycle
 from shared.config import SHARD, Config
-from shared.environment_key import EnvironmentKey
 from shared.lifecycle import Offer, Verdict
 from shared.log import log
 from shared.loop import LeaseLoop
 from shared.metrics import Metric, emit
 from shared.record import Lease, LiveEntry, Outcome, Phase, Record
 from shared.store import Conflict, Store, change
+from shared.stored_key import StoredKey
 from shared.work_api import (
     NO_HEARTBEAT,
     Gone,
@@ -56,7 +56,7 @@ class Claimer:
 
     config: Config
     api: WorkApi
-    key: EnvironmentKey
+    key: StoredKey
     store: Store
     queue: LaunchQueue
     loop: LeaseLoop

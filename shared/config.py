@@ -20,6 +20,7 @@ class Config(BaseModel):
     environment_id: str = ""
     base_url: str = "https://api.anthropic.com"
     key_secret_arn: str = ""
+    webhook_secret_arn: str = ""
     queue_url: str = ""
     state_machine_arn: str = ""
     cluster_arn: str = ""
@@ -28,6 +29,7 @@ class Config(BaseModel):
     security_groups: str = ""
     assign_public_ip: str = "ENABLED"
     stopper_function: str = ""
+    poller_function: str = ""
     max_sessions: int = 20
     poll_window_seconds: int = 0
     lease_ttl_seconds: int = 300

@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict
 
 from shared import lifecycle
 from shared.config import Config
-from shared.environment_key import EnvironmentKey
 from shared.lifecycle import BeatResult
 from shared.log import log
 from shared.metrics import Metric, emit
 from shared.record import Lease, LiveEntry, Phase, Record
 from shared.store import Conflict, Store, change
+from shared.stored_key import StoredKey
 from shared.work_api import Gone, LeaseLost, NotAllowed, TryAgain, WorkApi, WorkApiError
 
 BEATS_AT_ONCE = 32
@@ -51,7 +51,7 @@ class RoundReply(RoundState):
 class Keeper:
     config: Config
     api: WorkApi
-    key: EnvironmentKey
+    key: StoredKey
     store: Store
     now: Callable[[], int]
 

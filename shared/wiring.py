@@ -9,10 +9,10 @@ from botocore.config import Config as BotoConfig
 
 from shared.claiming import LaunchQueue
 from shared.config import Config
-from shared.environment_key import EnvironmentKey
 from shared.loop import LeaseLoop
 from shared.sandboxes import Sandboxes
 from shared.store import DynamoStore, Store
+from shared.stored_key import StoredKey
 from shared.work_api import WorkApi
 
 _STANDARD = BotoConfig(
@@ -33,11 +33,19 @@ def store(config: Config) -> DynamoStore:
     return DynamoStore(boto3.client("dynamodb", config=_STANDARD), config.table)
 
 
-def environment_key(config: Config) -> EnvironmentKey:
-    return EnvironmentKey(boto3.client("secretsmanager", config=_STANDARD), config.key_secret_arn)
+def environment_key(config: Config) -> StoredKey:
+    client = boto3.client("secretsmanager", config=_STANDARD)
+    return StoredKey(client, config.key_secret_arn, name="environment key", prefix="sk-", until="nothing is polled")
 
 
-def work_api(config: Config, key: EnvironmentKey) -> WorkApi:
+def webhook_key(config: Config) -> StoredKey:
+    client = boto3.client("secretsmanager", config=_STANDARD)
+    return StoredKey(
+        client, config.webhook_secret_arn, name="webhook's signing key", prefix="whsec_", until="webhooks get a 503"
+    )
+
+
+def work_api(config: Config, key: StoredKey) -> WorkApi:
     return WorkApi(config.base_url, config.environment_id, key, worker_id="sandbox-fleet")
 
 
@@ -64,5 +72,15 @@ def wake_stopper(config: Config) -> Callable[[str], None]:
             InvocationType="Event",
             Payload=json.dumps({"work_ids": [work_id]}).encode(),
         )
+
+    return wake
+
+
+def wake_poller(config: Config) -> Callable[[], None]:
+    """Invokes the poller, asynchronously; twice is harmless."""
+    client = boto3.client("lambda", config=_STANDARD)
+
+    def wake() -> None:
+        client.invoke(FunctionName=config.poller_function, InvocationType="Event", Payload=b"{}")
 
     return wake

@@ -23,6 +23,7 @@ from starlette.routing import Route
 from local.work_api.access import Access, Caller
 from local.work_api.sessions import Event, Session, Sessions, read_events, read_script
 from local.work_api.state import DEFAULT_LIMIT, DEFAULT_RECLAIM_MS, Refusal, WorkQueue, timestamp
+from local.work_api.webhooks import Webhooks
 
 BETA = "managed-agents-2026-04-01"
 MOST_BLOCK_MS = 999
@@ -43,6 +44,7 @@ class Emulator:
         self._access = Access(environment_id, environment_key, org_key)
         self._queue = WorkQueue(environment_id, self._now)
         self._sessions = Sessions(environment_id, self._now, _new_id)
+        self._webhooks = Webhooks(self._now, _new_id)
         self._calls: list[dict[str, Any]] = []
         self._woken = asyncio.Event()
         self._closing = False
@@ -55,6 +57,7 @@ class Emulator:
         """End every open stream and blocked poll, so that the server can end."""
         self._closing = True
         self._wake()
+        self._webhooks.close()
         for session in self._sessions.all():
             session.close_streams()
 
@@ -82,6 +85,7 @@ class Emulator:
             self._control("work/{work_id}/take_lease", self._take_lease),
             self._control("work/{work_id}/finish_foreign", self._finish_foreign),
             self._control("clock", self._clock),
+            self._control("webhook", self._register_webhook),
             self._control("state", self._state, "GET"),
             self._control("secrets", self._secrets, "GET"),
         ]
@@ -242,6 +246,7 @@ class Emulator:
             session = self._sessions.create()
             session.message(str(body.get("text", "Begin.")), script)
             made.append({"session_id": session.id, "work_id": self._queue.enqueue(session.id).id})
+            self._webhooks.announce(session.id)
         self._wake()
         return _reply({"id": made[0]["session_id"], "sessions": made})
 
@@ -283,6 +288,11 @@ class Emulator:
         self._wake()
         return _reply({"now": timestamp(self._now())})
 
+    async def _register_webhook(self, request: Request) -> Response:
+        body = await _json(request)
+        self._webhooks.register(body.get("url"), body.get("key"))
+        return _reply({})
+
     async def _state(self, request: Request) -> Response:  # noqa: ARG002 - it has no parameters
         sessions = [
             {
@@ -295,7 +305,8 @@ class Emulator:
             for session in self._sessions.all()
         ]
         work = [{key: value for key, value in item.body().items() if key != "secret"} for item in self._queue.items()]
-        return _reply({"sessions": sessions, "work": work, "calls": self._calls})
+        state = {"sessions": sessions, "work": work, "calls": self._calls, "webhooks": self._webhooks.deliveries}
+        return _reply(state)
 
     async def _secrets(self, request: Request) -> Response:  # noqa: ARG002 - it has no parameters
         return _reply({"secrets": self._access.issued})
@@ -312,6 +323,7 @@ class Emulator:
     def _queue_again(self, session: Session) -> None:
         if self._queue.message_arrived(session.id):
             self._wake()
+            self._webhooks.announce(session.id)
 
     def _wake(self) -> None:
         # Each waiter holds the event of its own look, so none misses a wake between look and wait.

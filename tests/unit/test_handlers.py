@@ -39,10 +39,8 @@ def sample(name: str) -> dict[str, Any]:
     return event
 
 
-@pytest.fixture
-def records() -> MemoryStore:
+def launching(store: MemoryStore) -> MemoryStore:
     """The example session of the sample events, being launched."""
-    store = MemoryStore()
     work = Work.model_validate(
         {
             "id": "sesn_01EXAMPLE",
@@ -54,10 +52,15 @@ def records() -> MemoryStore:
     )
     received = store.save(lifecycle.open_turn(None, work, now=TURN, owner="me", until=TURN, shard="0"))
     held = store.save(lifecycle.held(received, TURN))
-    launching = lifecycle.begin_launch(held, TURN, 1, ticket_hash=hash_secret("example-ticket"), now=TURN, until=TURN)
-    assert launching
-    store.save(launching)
+    begun = lifecycle.begin_launch(held, TURN, 1, ticket_hash=hash_secret("example-ticket"), now=TURN, until=TURN)
+    assert begun
+    store.save(begun)
     return store
+
+
+@pytest.fixture
+def records() -> MemoryStore:
+    return launching(MemoryStore())
 
 
 def phase(records: MemoryStore) -> Phase:
@@ -73,7 +76,9 @@ def test_every_function_has_a_sample_event_and_a_handler() -> None:
             assert callable(app(folder.name).handler)
 
 
-@pytest.mark.parametrize("function", ["poller", "keeper", "stopper", "observer", "tickets", "launcher", "janitor"])
+@pytest.mark.parametrize(
+    "function", ["poller", "keeper", "stopper", "observer", "tickets", "launcher", "janitor", "webhook"]
+)
 def test_missing_configuration_is_named(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Config.model_fields:
         monkeypatch.delenv(f"FLEET_{name.upper()}", raising=False)

@@ -1,4 +1,4 @@
-"""The environment key, read from Secrets Manager with a short cache, so that a rotated key needs no deploy."""
+"""A key kept in Secrets Manager, read with a short cache, so that a rotated key needs no deploy."""
 
 import time
 from collections.abc import Callable
@@ -15,11 +15,24 @@ if TYPE_CHECKING:
 _CACHE_SECONDS = 60.0
 
 
-class EnvironmentKey:
-    """Call it for the key. Raises Missing while the secret is empty."""
+class StoredKey:
+    """Call it for the key. Raises Missing while the secret holds none.
 
-    def __init__(self, client: "SecretsManagerClient", arn: str, *, now: Callable[[], float] = time.monotonic) -> None:
-        self._client, self._arn, self._now = client, arn, now
+    `name` and `until` are for that message: what the key is, and what does not happen before it is there.
+    """
+
+    def __init__(
+        self,
+        client: "SecretsManagerClient",
+        arn: str,
+        *,
+        name: str,
+        prefix: str,
+        until: str,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client, self._arn, self._prefix, self._now = client, arn, prefix, now
+        self._name, self._advice = name, f"put the {name} into the secret {arn}; until then {until}"
         self._key: SecretStr | None = None
         self._read_at = 0.0
 
@@ -33,13 +46,12 @@ class EnvironmentKey:
         self._key = None
 
     def _read(self) -> SecretStr:
-        advice = f"put the environment key into the secret {self._arn}; until then nothing is polled"
         try:
             text = self._client.get_secret_value(SecretId=self._arn).get("SecretString", "").strip()
         except ClientError as error:
             if error.response["Error"]["Code"] != "ResourceNotFoundException":
                 raise
-            raise Missing(f"the environment key's secret has no value: {advice}") from None
-        if not text or not text.startswith("sk-"):
-            raise Missing(f"the environment key's secret holds no key: {advice}")
+            raise Missing(f"the {self._name}'s secret has no value: {self._advice}") from None
+        if not text.startswith(self._prefix):
+            raise Missing(f"the {self._name}'s secret holds no key: {self._advice}")
         return SecretStr(text)
