@@ -227,6 +227,10 @@ class Demo:
         found += [
             f"{item['id']}: the API has it as {item['state']}" for item in state["work"] if item["state"] != "stopped"
         ]
+        untold = [told for told in state["webhooks"] if told["status"] != 202]
+        found += [f"a webhook was answered {told['status']}, must be 202" for told in untold]
+        if not state["webhooks"]:
+            found.append("no webhook was sent")
         return found + self.dead_letters() + self.leaks()
 
     def dead_letters(self) -> list[str]:

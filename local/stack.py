@@ -1,5 +1,6 @@
 """Starts the local stack and deploys the real template to it; ends all of it. No scenarios (demo.py)."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT_ID = "env_demo"
@@ -38,7 +40,7 @@ class Stack:
     api_url: str
     aws_url: str
     outputs: dict[str, str]
-    keys: tuple[str, str] = field(repr=False)  # the environment key and the organisation key
+    keys: tuple[str, ...] = field(repr=False)  # the environment key, the organisation key, the webhook's signing key
     printed: list[str] = field(default_factory=list, repr=False)
 
     def client(self, service: str) -> Any:
@@ -85,10 +87,12 @@ def running(time_scale: float, say: Callable[[str], None], parameters: dict[str,
             say("template built by sam build")
         outputs = _deploy(folder, aws_url, {"EnvironmentId": ENVIRONMENT_ID, "BaseUrl": api_url, **parameters})
         say(f"stack {STACK} deployed by sam deploy")
-        deployed = Stack(api_url, aws_url, outputs, (key, organisation_key), printed)
-        deployed.client("secretsmanager").put_secret_value(
-            SecretId=outputs["EnvironmentKeySecretArn"], SecretString=key
-        )
+        webhook_key = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+        deployed = Stack(api_url, aws_url, outputs, (key, organisation_key, webhook_key), printed)
+        for name, value in (("EnvironmentKeySecretArn", key), ("WebhookSecretArn", webhook_key)):
+            deployed.client("secretsmanager").put_secret_value(SecretId=outputs[name], SecretString=value)
+        webhook = {"url": outputs["WebhookUrl"], "key": webhook_key}
+        httpx.post(f"{api_url}/_control/webhook", json=webhook, timeout=10).raise_for_status()
         yield deployed
 
 
