@@ -93,4 +93,4 @@ lock: .venv/.done  ## pin and hash every requirements file from pyproject.toml
 	$(LOCK) --group sandbox --output-file sandbox/requirements.txt
 
 clean:  ## remove what the commands made
-	rm -rf .venv .venv-aws .venv-sam .venv-sandbox .aws-sam .cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-aws .venv-sam .venv-sandbox .aws-sam .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

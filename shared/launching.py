@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from shared import lifecycle
 from shared.config import Config
 from shared.diagnose import LaunchProblem
-from shared.lifecycle import StopWish
+from shared.lifecycle import StopWish, WorkId
 from shared.log import log
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import LaunchFailed, Sandboxes
@@ -21,7 +21,7 @@ class LaunchMessage(BaseModel):
     """What a message of the launch queue says; all else about the turn is in its record."""
 
     model_config = ConfigDict(frozen=True)
-    work_id: str
+    work_id: WorkId
     turn: int
     attempt: int
 

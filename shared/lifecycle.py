@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import SecretStr
+from pydantic import SecretStr, StringConstraints
 
 from shared.config import Config
 from shared.diagnose import Diagnosis, Kind
@@ -27,6 +28,9 @@ STRAND_AGE_MS = 900_000  # no lease lives so long without a beat
 _NO_TURNS: tuple[PastTurn, ...] = ()
 LONGEST_ID = 90  # characters: `startedBy` holds the id, the turn and the attempt in 128
 _SAFE_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_ID}}}")
+# An id as requests and messages may name it: DynamoDB answers an empty or very long key with an error
+WorkId = Annotated[str, StringConstraints(pattern=rf"^{_SAFE_ID.pattern}$")]
+_STARTED_BY = re.compile(rf"({_SAFE_ID.pattern})/([0-9]{{1,19}})/([0-9]{{1,9}})")
 
 # Exit codes of the runner (sandbox/runner.py) that need no diagnosis
 FINISHED, UNSERVED, NOT_STOPPED = 0, 11, 17
@@ -280,10 +284,8 @@ def started_by(work_id: str, turn: int, attempt: int) -> str:
 
 def parse_started_by(text: str) -> tuple[str, int, int] | None:
     """(work id, turn, attempt), or None for a task that is not ours."""
-    match text.rsplit("/", 2):
-        case [work_id, turn, attempt] if turn.isdigit() and attempt.isdigit():
-            return work_id, int(turn), int(attempt)
-    return None
+    name = _STARTED_BY.fullmatch(text)
+    return (name[1], int(name[2]), int(name[3])) if name else None
 
 
 def begin_launch(record: Record, turn: int, attempt: int, *, ticket_hash: str, now: int, until: int) -> Record | None:

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from shared import lifecycle
 from shared.claiming import LaunchQueue
@@ -13,6 +15,22 @@ from shared.metrics import Metric, emit
 from shared.record import Phase, Record
 from shared.sandboxes import exit_code_of
 from shared.store import Store, change
+
+_Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class _Container(BaseModel):
+    exitCode: _Number | None = None
+
+
+class TaskState(BaseModel):
+    """The parts of an event's `detail` that are stored or counted with; their names are ECS's."""
+
+    startedBy: str | None = None
+    taskArn: Annotated[str, Field(max_length=2048)]
+    lastStatus: str
+    version: _Number | None = None
+    containers: list[_Container] | None = None
 
 
 @dataclass
@@ -25,12 +43,17 @@ class Observer:
 
     def observe(self, detail: dict[str, Any]) -> None:
         """One `detail` of an "ECS Task State Change" event; tasks that are not ours are ignored."""
-        name = lifecycle.parse_started_by(str(detail.get("startedBy") or ""))
-        arn = detail.get("taskArn")
-        if name is None or not isinstance(arn, str):
+        try:
+            state = TaskState.model_validate(detail)
+        except ValidationError as error:
+            # Lambda's retries would not mend it; the turn's deadlines hold without it, and the stopper asks ECS itself
+            log.error("malformed task state ignored", wrong=[part["loc"] for part in error.errors()])
+            return
+        name = lifecycle.parse_started_by(state.startedBy or "")
+        if name is None:
             return
         work_id, turn, attempt = name
-        status, version = detail.get("lastStatus"), int(detail.get("version") or 0)
+        arn, status, version = state.taskArn, state.lastStatus, state.version or 0
 
         def decide(record: Record) -> Record | None:
             if not lifecycle.is_current(record, turn, attempt) or version <= record.event_version:

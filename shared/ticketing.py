@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, SecretStr
 
 from shared import lifecycle
 from shared.launching import hash_secret
-from shared.lifecycle import StopWish
+from shared.lifecycle import StopWish, WorkId
 from shared.log import log
 from shared.record import Outcome, Phase, Record
 from shared.store import Store, change
@@ -24,7 +24,7 @@ class TicketRefused(Exception):
 
 class TicketRequest(BaseModel):
     model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
-    work_id: str
+    work_id: WorkId
     turn: int
     attempt: int
     ticket: SecretStr
@@ -48,7 +48,7 @@ class Credential(BaseModel):
 
 class TurnEnded(BaseModel):
     model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
-    work_id: str
+    work_id: WorkId
     turn: int
     attempt: int
     callback_secret: SecretStr

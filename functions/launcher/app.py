@@ -37,7 +37,8 @@ def sqs() -> "SQSClient":
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     """Malformed messages go to the dead-letter queue at once; those put off come back later and later."""
     failed = []
-    for message in event.get("Records", []):
+    records = event.get("Records", [])
+    for message in records if isinstance(records, list) else [records]:
         try:
             _launch(message)
         except PutOff as reason:
@@ -45,24 +46,33 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
             _come_back_later(message)
             failed.append(message)
         except Exception:  # noqa: BLE001  one fault holds up no other; unknown errors retry (FIELD_NOTES 5)
-            log.exception("launch failed; the message comes back", id=message.get("messageId"))
+            log.exception("launch failed; the message comes back", id=_id(message))
             failed.append(message)
-    return {"batchItemFailures": [{"itemIdentifier": message["messageId"]} for message in failed]}
+    return {"batchItemFailures": [{"itemIdentifier": _id(message)} for message in failed]}
+
+
+def _id(message: Any) -> str:
+    """Of a message without one an empty id, by which Lambda takes the whole batch as failed: nothing is lost."""
+    found = message.get("messageId") if isinstance(message, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 def _launch(message: dict[str, Any]) -> None:
     try:
         parsed = LaunchMessage.model_validate_json(message["body"])
     except ValidationError:
-        log.error("malformed launch message: moved to the dead-letter queue", id=message.get("messageId"))
+        log.error("malformed launch message: moved to the dead-letter queue", id=_id(message))
         sqs().send_message(QueueUrl=config().dead_letters_url, MessageBody=message["body"])
     else:
         launcher().launch(parsed)
 
 
 def _come_back_later(message: dict[str, Any]) -> None:
-    received = int(message.get("attributes", {}).get("ApproximateReceiveCount", 1))
-    wait = min(_LONGEST_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2 ** min(received - 1, 10))
-    sqs().change_message_visibility(
-        QueueUrl=config().queue_url, ReceiptHandle=message["receiptHandle"], VisibilityTimeout=wait
-    )
+    try:
+        received = int(message["attributes"]["ApproximateReceiveCount"])
+        wait = min(_LONGEST_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2 ** max(0, min(received - 1, 10)))
+        sqs().change_message_visibility(
+            QueueUrl=config().queue_url, ReceiptHandle=message["receiptHandle"], VisibilityTimeout=wait
+        )
+    except Exception:  # noqa: BLE001  the others of the batch go on; this one comes back when its visibility ends
+        log.exception("the message comes back later than wanted", id=_id(message))
