@@ -28,6 +28,7 @@ PSEUDO = {
 # Values of parameters whose shape a policy depends on, every one of them tried; others get their default or a word
 SAMPLES = {
     "EnvironmentKeySecretArn": ["", "arn:aws:secretsmanager:us-east-1:123456789012:secret:given-AbCdEf"],
+    "WebhookSecretArn": ["", "arn:aws:secretsmanager:us-east-1:123456789012:secret:webhook-AbCdEf"],
     "SandboxImage": ["123456789012.dkr.ecr.us-east-1.amazonaws.com/team/sandbox:1", "public.example/sandbox@sha256:ab"],
 }
 
