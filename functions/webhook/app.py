@@ -10,6 +10,7 @@ from shared import wiring
 from shared.config import Missing, from_env
 from shared.function_url import TooLarge, parse, reply
 from shared.log import log
+from shared.metrics import flushed
 from shared.webhook import Doorbell, NotGenuine
 
 _LONGEST_BODY = 20_480  # bytes; Standard Webhooks asks senders to stay below 20 kB, and this payload has no content
@@ -21,6 +22,7 @@ def webhook() -> Doorbell:
     return Doorbell(wiring.webhook_key(config), wiring.wake_poller(config))
 
 
+@flushed
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     """Any 2xx tells the sender that it is done (W§12). 503 has it try again: the fault is ours, and may pass."""
     try:

@@ -17,7 +17,6 @@ import shared.wiring
 from local.work_api.state import Item, Refusal
 from shared.claiming import Claimer, LaunchQueue
 from shared.config import SHARD, Config
-from shared.environment_key import EnvironmentKey
 from shared.keeping import Keeper
 from shared.launching import Launcher
 from shared.log import log
@@ -27,6 +26,7 @@ from shared.record import Outcome, Phase, Record
 from shared.sandboxes import Sandboxes
 from shared.stopping import Stopper
 from shared.store import MemoryStore
+from shared.stored_key import StoredKey
 from shared.sweeping import Janitor
 from shared.ticketing import Tickets
 from shared.work_api import WorkApi
@@ -441,7 +441,7 @@ class Fleet:
 
         count = iter(range(1_000_000))
         client: Any = SimpleNamespace(get_secret_value=read_secret)
-        key = EnvironmentKey(client, "secret", now=lambda: machine.now / 1000)
+        key = StoredKey(client, "secret", name="key", prefix="sk-", until="nothing", now=lambda: machine.now / 1000)
         api = WorkApi("http://simulated", ENVIRONMENT, key, transport=AnsweringTransport(self.transport), sleep=sleep)
         store: Any = self.store
         sandboxes = Sandboxes(self.fargate, config)  # type: ignore[arg-type]
