@@ -1,12 +1,15 @@
-"""Who may call what (W§8): tokens, the secrets handed out at polls, and the refusals; no HTTP."""
+"""Who may call what (W§8): tokens, the secrets handed out at polls, and the refusals; no HTTP, no clock of its own."""
 
 import base64
 import json
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any
 
 from local.work_api.state import Refusal
+from local.work_api.switches import Switches
 
 # The credentials that each call accepts (W§8).
 WORK_CALLS = {
@@ -20,13 +23,16 @@ WORK_CALLS = {
     "stop": {"environment_key", "org_key", "sessions_token"},
 }
 
+TOKEN_LIFETIME = timedelta(hours=1)  # where a sessions token has one
+
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose token it is; `work_id` is the item of a sessions token, which is also its session."""
+    """Whose token it is; a sessions token's has one item and one session."""
 
     credential: str
     work_id: str | None = None
+    session_id: str | None = None
 
 
 @dataclass
@@ -36,11 +42,15 @@ class Access:
     environment_id: str
     environment_key: str = field(repr=False)
     org_key: str = field(repr=False)
+    now: Callable[[], datetime]
+    switches: Switches = field(default_factory=Switches)
     issued: list[str] = field(default_factory=list, repr=False)
-    _tokens: dict[str, str] = field(default_factory=dict, repr=False)
+    _tokens: dict[str, tuple[Caller, datetime]] = field(default_factory=dict, repr=False)
 
-    def issue_secret(self, work_id: str) -> str:
-        """A poll's `secret`: base64url JSON without padding (W§10)."""
+    def issue_secret(self, work_id: str, session_id: str | None) -> str | None:
+        """A poll's `secret`: base64url JSON without padding, or none (W§10)."""
+        if self.switches.secret == "null":  # noqa: S105 - a switch's value
+            return None
         token = f"sk-ant-si-{secrets.token_urlsafe(32)}"
         ingress = f"sk-ant-ii-{secrets.token_urlsafe(32)}"
         payload = {
@@ -49,7 +59,7 @@ class Access:
             "auth": [{"type": "session_ingress", "token": ingress}],
         }
         secret = base64.urlsafe_b64encode(json.dumps(payload).encode()).rstrip(b"=").decode()
-        self._tokens[token] = work_id
+        self._tokens[token] = Caller("sessions_token", work_id, session_id), self.now()
         self.issued += [secret, token, ingress]
         return secret
 
@@ -62,7 +72,9 @@ class Access:
         if secrets.compare_digest(token.encode(), self.org_key.encode()):
             return Caller("org_key")
         if token in self._tokens:
-            return Caller("sessions_token", self._tokens[token])
+            caller, issued_at = self._tokens[token]
+            if self.switches.credential_lifetime == "unlimited" or self.now() <= issued_at + TOKEN_LIFETIME:
+                return caller
         raise Refusal(401, "Invalid bearer token", type="authentication_error")
 
     def check_work(self, caller: Caller, call: str, environment_id: str, work_id: str | None) -> None:
@@ -74,6 +86,10 @@ class Access:
             raise _forbidden("Token not authorized for this environment")
         if caller.credential not in WORK_CALLS[call]:
             if caller.credential == "org_key":
+                if call == "list" and self.switches.list_org_key == "200":
+                    return
+                if call in ("poll", "ack", "heartbeat") and self.switches.org_key == "401":
+                    raise Refusal(401, "Authentication failed", type="authentication_error")
                 raise _forbidden("This call needs the environment key")
             raise _forbidden("OAuth token does not meet scope requirement any_of(org:read, org:write)")
         if caller.credential == "sessions_token" and caller.work_id != work_id:
@@ -81,12 +97,13 @@ class Access:
 
     def check_session(self, caller: Caller, session_id: str) -> None:
         """Raises Refusal 403 for a sessions token of another session."""
-        if caller.credential == "sessions_token" and caller.work_id != session_id:
+        if caller.credential == "sessions_token" and caller.session_id != session_id:
             raise _forbidden("Token not authorized for this session")
 
     def check_event(self, caller: Caller, event: Any) -> None:
-        """Raises Refusal 403 for a tool result under the organisation key (W§11.2)."""
-        if caller.credential == "org_key" and event.get("type") == "user.tool_result":
+        """Raises Refusal 403 for a tool result under the organisation key, or a refused sessions token (W§11.2)."""
+        refused = {"org_key"} if self.switches.credential_events == "accepted" else {"org_key", "sessions_token"}
+        if caller.credential in refused and event.get("type") == "user.tool_result":
             raise _forbidden("user.tool_result may only be sent with environment credentials")
 
 

@@ -7,28 +7,44 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import math
 import sys
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import uvicorn
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from local.work_api.access import Access, Caller
+from local.work_api.faults import Call, Fault, Faults
 from local.work_api.sessions import Event, Session, Sessions, read_events, read_script
 from local.work_api.state import DEFAULT_LIMIT, DEFAULT_RECLAIM_MS, Refusal, WorkQueue, timestamp
+from local.work_api.switches import Switches
 from local.work_api.webhooks import Webhooks
 
 BETA = "managed-agents-2026-04-01"
 MOST_BLOCK_MS = 999
 MOST_EVENTS = 1000
+MOST_RECLAIM_MS = 600_000
+MOST_CALLS_A_MINUTE = 60  # where calls are limited at all
 _PING_SECONDS = 10.0
+
+# What each work call knows in its query and in its body.
+_QUERY = {
+    "list": {"limit", "page"},
+    "poll": {"block_ms", "reclaim_older_than_ms"},
+    "heartbeat": {"desired_ttl_seconds", "expected_last_heartbeat"},
+}
+_BODY = {"stop": {"force"}, "update": {"metadata"}}
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -39,15 +55,21 @@ class Emulator:
     All of it lives in the event loop that serves `app`; reach it from outside over HTTP only.
     """
 
-    def __init__(self, environment_id: str, environment_key: str, org_key: str) -> None:
+    def __init__(
+        self, environment_id: str, environment_key: str, org_key: str, switches: Switches | None = None
+    ) -> None:
         self._ahead = timedelta()
-        self._access = Access(environment_id, environment_key, org_key)
+        self._access = Access(environment_id, environment_key, org_key, self._now)
         self._queue = WorkQueue(environment_id, self._now)
+        self._set_switches(switches or Switches())
+        self._faults = Faults()
+        self._recent: deque[datetime] = deque()
         self._sessions = Sessions(environment_id, self._now, _new_id)
         self._webhooks = Webhooks(self._now, _new_id)
         self._calls: list[dict[str, Any]] = []
         self._woken = asyncio.Event()
         self._closing = False
+        self.cut: Callable[[Any], None] | None = None  # the server's, which has the connections
         self.app = Starlette(
             routes=self._routes(),
             exception_handlers={Refusal: _refused, HTTPException: _no_route, Exception: _failed},
@@ -73,11 +95,11 @@ class Emulator:
             Route(f"{work}/{{work_id}}/ack", self._work("ack", self._ack), methods=["POST"]),
             Route(f"{work}/{{work_id}}/heartbeat", self._work("heartbeat", self._heartbeat), methods=["POST"]),
             Route(f"{work}/{{work_id}}/stop", self._work("stop", self._stop), methods=["POST"]),
-            Route(session, self._session, methods=["GET"]),
-            Route(f"{session}/events", self._events, methods=["GET"]),
-            Route(f"{session}/events", self._post_events, methods=["POST"]),
-            Route(f"{session}/events/stream", self._stream, methods=["GET"]),
-            Route("/v1/skills/{rest:path}", self._no_skill, methods=["GET"]),
+            Route(session, self._exposed(self._session), methods=["GET"]),
+            Route(f"{session}/events", self._exposed(self._events), methods=["GET"]),
+            Route(f"{session}/events", self._exposed(self._post_events), methods=["POST"]),
+            Route(f"{session}/events/stream", self._exposed(self._stream), methods=["GET"]),
+            Route("/v1/skills/{rest:path}", self._exposed(self._no_skill), methods=["GET"]),
             self._control("sessions", self._new_sessions),
             self._control("sessions/{session_id}/messages", self._new_message),
             self._control("work", self._new_work),
@@ -88,18 +110,34 @@ class Emulator:
             self._control("webhook", self._register_webhook),
             self._control("state", self._state, "GET"),
             self._control("secrets", self._secrets, "GET"),
+            self._control("switches", self._change_switches),
+            self._control("switches", self._show_switches, "GET"),
+            self._control("faults", self._new_fault),
+            self._control("faults", self._show_faults, "GET"),
+            self._control("faults", self._end_faults, "DELETE"),
         ]
 
     # The work endpoints
 
-    def _work(self, call: str, answer: Callable[[Request], Awaitable[dict[str, Any] | None]]) -> Handler:
+    def _work(self, call: Call, answer: Callable[[Request], Awaitable[dict[str, Any] | None]]) -> Handler:
         """Wraps a work call: beta header, credential, and a line in the record of calls, refused ones too."""
 
         async def handle(request: Request) -> Response:
             work_id = request.path_params.get("work_id")
             record = {"at": timestamp(self._now()), "call": call, "work_id": work_id, "credential": "none"}
-            record |= {"status": 500, "force": None}
+            record |= {"status": 500, "force": None, "fault": None}
             self._calls.append(record)
+
+            async def act() -> Response:
+                try:
+                    return await self._answered(call, answer, request, record)
+                except Refusal as refusal:
+                    record["status"] = refusal.status
+                    if refusal.type == "not_found_error" and self._queue.switches.unknown_work == "bare":
+                        _log_refusal(request, refusal)
+                        return JSONResponse({"detail": "Not Found"}, 404)
+                    raise
+
             try:
                 _check_beta(request)
                 caller = self._access.caller(_token(request))
@@ -107,20 +145,105 @@ class Emulator:
                 self._access.check_work(caller, call, request.path_params["environment_id"], work_id)
                 if call == "stop":
                     record["force"] = _flag(await _json(request), "force")
-                reply = await answer(request)
             except Refusal as refusal:
                 record["status"] = refusal.status
                 raise
-            record["status"] = 200
-            if call == "poll" and reply:
-                record["work_id"] = reply["id"]
-            return _reply(reply)
+            fault = self._faults.due(call, work_id)
+            if fault is None:
+                return await act()
+            record["fault"] = fault.kind
+            if fault.kind not in ("lost", "delay"):  # nothing is done
+                record["status"] = fault.status if fault.kind == "status" else None
+            return await self._failed_by(fault, act)
 
         return handle
 
+    async def _answered(
+        self,
+        call: Call,
+        answer: Callable[[Request], Awaitable[dict[str, Any] | None]],
+        request: Request,
+        record: dict[str, Any],
+    ) -> Response:
+        """A work call that is done: its limits, its reply, and what the record of calls says of it."""
+        self._check_rate()
+        await self._check_fields(call, request)
+        work_id, stop_reply = request.path_params.get("work_id"), self._queue.switches.stop_reply
+        if call == "stop" and stop_reply == "409" and self._queue.get(str(work_id)).state == "stopped":
+            raise Refusal(409, f"Work item {work_id} is already stopped.")
+        reply = await answer(request)
+        if call == "poll" and reply:
+            record["work_id"] = reply["id"]
+        if call == "stop" and stop_reply == "204":
+            record["status"] = 204
+            return Response(status_code=204, headers=_request_id())
+        record["status"] = 200
+        return _reply(reply)
+
+    def _check_rate(self) -> None:
+        """Raises Refusal 429 with its retry-after (W§11.1)."""
+        if self._queue.switches.rate_limit == "none":
+            return
+        now, recent = self._now(), self._recent
+        while recent and recent[0] <= now - timedelta(minutes=1):
+            recent.popleft()
+        if len(recent) >= MOST_CALLS_A_MINUTE:
+            wait = math.ceil((recent[0] + timedelta(minutes=1) - now).total_seconds())
+            raise _rate_limited(max(1, wait))
+        recent.append(now)
+
+    async def _check_fields(self, call: str, request: Request) -> None:
+        if self._queue.switches.unknown_fields == "ignored":
+            return
+        unknown = set(request.query_params) - _QUERY.get(call, set()) - {"beta"}  # older SDKs add `beta` (W§1)
+        if call in _BODY:
+            unknown |= set(await _json(request)) - _BODY[call]
+        if unknown:
+            raise Refusal(400, f"Unknown fields: {', '.join(sorted(unknown))}.")
+
+    def _exposed(self, handler: Handler) -> Handler:
+        """Wraps a session call: faults may hit it too."""
+
+        async def handle(request: Request) -> Response:
+            fault = self._faults.due("session", None)
+            return await handler(request) if fault is None else await self._failed_by(fault, lambda: handler(request))
+
+        return handle
+
+    async def _failed_by(self, fault: Fault, act: Callable[[], Awaitable[Response]]) -> Response:
+        """The reply to a call that a fault hits; `act` is run only where the fault lets the action happen."""
+        match fault.kind:
+            case "delay":
+                await asyncio.sleep(fault.seconds)
+                return await act()
+            case "lost":
+                with contextlib.suppress(Refusal):
+                    await act()
+                return _Unanswered(self.cut)
+            case "away":
+                return _Unanswered(self.cut)
+            case "malformed":
+                return Response('{"type": "wo', media_type="application/json", headers=_request_id())
+            case "content_type":
+                return Response("<html>Service page</html>", media_type="text/html")
+            case "status":
+                kind = {429: "rate_limit_error", 529: "overloaded_error"}.get(fault.status)
+                kind = kind or ("api_error" if fault.status >= 500 else "invalid_request_error")
+                return _envelope(Refusal(fault.status, "Injected fault.", type=kind, retry_after=fault.retry_after))
+
     async def _poll(self, request: Request) -> dict[str, Any] | None:
-        block_ms = _integer(request, "block_ms", None, 1, MOST_BLOCK_MS)
-        reclaim = _integer(request, "reclaim_older_than_ms", DEFAULT_RECLAIM_MS, 0)
+        switches = self._queue.switches
+        clamps = switches.long_block == "clamp"
+        block_ms = _integer(request, "block_ms", None, 1, None if clamps else MOST_BLOCK_MS)
+        block_ms = None if block_ms is None else min(block_ms, MOST_BLOCK_MS)
+        try:
+            reclaim = _integer(request, "reclaim_older_than_ms", DEFAULT_RECLAIM_MS, 0)
+        except Refusal:
+            if switches.reclaim_range == "400":
+                raise
+            reclaim = DEFAULT_RECLAIM_MS
+        if switches.reclaim_range == "default":  # as one clone of the API has it (W§5.1)
+            reclaim = min(reclaim or DEFAULT_RECLAIM_MS, MOST_RECLAIM_MS)
         worker = request.headers.get("anthropic-worker-id")
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (block_ms or 0) / 1000
@@ -128,7 +251,7 @@ class Emulator:
             woken = self._woken
             item = self._queue.poll(DEFAULT_RECLAIM_MS if reclaim is None else reclaim, worker)
             if item is not None:
-                return item.body(self._access.issue_secret(item.id))
+                return item.body(self._access.issue_secret(item.id, item.data_id))
             left = deadline - loop.time()
             if left <= 0 or self._closing:
                 return None
@@ -247,6 +370,8 @@ class Emulator:
             session.message(str(body.get("text", "Begin.")), script)
             made.append({"session_id": session.id, "work_id": self._queue.enqueue(session.id).id})
             self._webhooks.announce(session.id)
+            work_id = session.id if self._queue.switches.work_id == "session" else _new_id("work")
+            made.append({"session_id": session.id, "work_id": self._queue.enqueue(work_id, data_id=session.id).id})
         self._wake()
         return _reply({"id": made[0]["session_id"], "sessions": made})
 
@@ -254,7 +379,7 @@ class Emulator:
         body = await _json(request)
         session = self._sessions.get(request.path_params["session_id"])
         self._message(session, str(body.get("text", "Go on.")), body.get("script"))
-        return _reply({"session_id": session.id, "work_id": session.id})
+        return _reply({"session_id": session.id, "work_id": self._queue.of_session(session.id).id})
 
     async def _new_work(self, request: Request) -> Response:
         kind = (await _json(request)).get("type", "healthcheck")
@@ -311,17 +436,45 @@ class Emulator:
     async def _secrets(self, request: Request) -> Response:  # noqa: ARG002 - it has no parameters
         return _reply({"secrets": self._access.issued})
 
+    async def _change_switches(self, request: Request) -> Response:
+        try:
+            self._set_switches(self._queue.switches.changed(await _json(request)))
+        except ValueError as error:
+            raise Refusal(400, str(error)) from None
+        return await self._show_switches(request)
+
+    async def _show_switches(self, request: Request) -> Response:  # noqa: ARG002 - it has no parameters
+        return _reply(self._queue.switches.model_dump())
+
+    async def _new_fault(self, request: Request) -> Response:
+        try:
+            self._faults.add(Fault.model_validate(await _json(request)))
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            raise Refusal(400, f"bad fault: {wrong}") from None
+        return await self._show_faults(request)
+
+    async def _show_faults(self, request: Request) -> Response:  # noqa: ARG002 - it has no parameters
+        return _reply({"faults": [fault.model_dump() for fault in self._faults.left()]})
+
+    async def _end_faults(self, request: Request) -> Response:
+        self._faults.clear()
+        return await self._show_faults(request)
+
     # What several of them share
 
     def _now(self) -> datetime:
         return datetime.now(UTC) + self._ahead
+
+    def _set_switches(self, switches: Switches) -> None:
+        self._queue.switches = self._access.switches = switches
 
     def _message(self, session: Session, text: str, script: Any) -> None:
         session.message(text, read_script(script))
         self._queue_again(session)
 
     def _queue_again(self, session: Session) -> None:
-        if self._queue.message_arrived(session.id):
+        if self._queue.message_arrived(self._queue.of_session(session.id).id):
             self._wake()
             self._webhooks.announce(session.id)
 
@@ -345,10 +498,16 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._emulator = emulator
+        emulator.cut = self._cut
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         """None: uvicorn's own way ends the process by the signal instead of an exit; see `__main__`."""
         return contextlib.nullcontext()
+
+    def _cut(self, peer: Any) -> None:
+        for connection in list(self.server_state.connections):
+            if getattr(connection, "client", None) == peer:
+                connection.transport.abort()
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Called by uvicorn once it is to end."""
@@ -360,6 +519,21 @@ class Server(uvicorn.Server):
         """Where a started server listens."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://{host}:{port}"
+
+
+class _Unanswered(Response):
+    """Not a reply: the connection is closed instead of one."""
+
+    def __init__(self, cut: Callable[[Any], None] | None) -> None:
+        super().__init__()
+        if cut is None:
+            raise RuntimeError("without a server there is no connection to close")
+        self._cut = cut
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - nothing is sent
+        self._cut(scope["client"])
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
 
 def _new_id(prefix: str) -> str:
@@ -376,11 +550,17 @@ def _reply(body: Any) -> Response:
 
 def _envelope(refusal: Refusal) -> Response:
     headers = _request_id()
+    if refusal.retry_after is not None:
+        headers["retry-after"] = str(refusal.retry_after)
     error: dict[str, Any] = {"type": refusal.type, "message": refusal.message}
     if refusal.details is not None:
         error["details"] = refusal.details
     body = {"type": "error", "error": error, "request_id": headers["request-id"]}
     return JSONResponse(body, refusal.status, headers)
+
+
+def _rate_limited(seconds: int) -> Refusal:
+    return Refusal(429, "Too many calls a minute.", type="rate_limit_error", retry_after=seconds)
 
 
 def _log_refusal(request: Request, refusal: Refusal) -> None:

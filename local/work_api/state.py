@@ -1,7 +1,7 @@
-"""The work queue's state machine at W§15's defaults; no HTTP, no sessions, no clock of its own.
+"""The work queue's state machine; no HTTP, no sessions, no clock of its own.
 
-Facts and section numbers (W§n) are WORK_API.md's. Where W says that no source answers, the rule's comment
-says "invented".
+Facts and section numbers (W§n) are WORK_API.md's. Where W says that no source answers, `Switches` decides; where it
+has no switch, the rule's comment says "invented".
 """
 
 import base64
@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from local.work_api.switches import Switches
+
 NO_HEARTBEAT = "NO_HEARTBEAT"
-DEFAULT_TTL_SECONDS, LEAST_TTL_SECONDS, MOST_TTL_SECONDS = 300, 10, 600  # the bounds are invented (W§6.2)
+DEFAULT_TTL_SECONDS = 300
+STARTUP_SECONDS, ABANDONED_SECONDS = 30, 60  # as one clone of the API has them (W§4, W§6.4)
 DEFAULT_RECLAIM_MS = 5000
 WORKER_SEEN_SECONDS = 30
 DEFAULT_LIMIT, MOST_LIMIT = 20, 100
@@ -22,7 +25,7 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 class Refusal(Exception):
-    """A call that the API refuses: the status, and what the error envelope holds (W§11.1)."""
+    """A call that the API refuses: the status, what the error envelope holds, seconds to wait (W§11.1)."""
 
     def __init__(
         self,
@@ -31,9 +34,11 @@ class Refusal(Exception):
         *,
         type: str = "invalid_request_error",
         details: dict[str, Any] | None = None,
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.type, self.details = status, message, type, details
+        self.retry_after = retry_after
 
 
 def not_found(what: str) -> Refusal:
@@ -53,6 +58,7 @@ class Item:
     id: str
     environment_id: str
     data_type: str
+    data_id: str | None
     number: int
     created_at: datetime
     started_at: datetime
@@ -64,6 +70,8 @@ class Item:
     stopped_at: datetime | None = None
     ttl_seconds: int = DEFAULT_TTL_SECONDS
     metadata: dict[str, str] = field(default_factory=dict)
+    message_waits: bool = False
+    lapsed: "Lapsed | None" = None
 
     def body(self, secret: str | None = None) -> dict[str, Any]:
         """The item's 14 keys as the API shows them; the secret comes only with a poll's reply (W§2)."""
@@ -71,7 +79,7 @@ class Item:
             "type": "work",
             "id": self.id,
             "environment_id": self.environment_id,
-            "data": {"type": self.data_type, "id": self.id},
+            "data": {"type": self.data_type} | ({} if self.data_id is None else {"id": self.data_id}),
             "state": self.state,
             "created_at": timestamp(self.created_at),
             "acknowledged_at": timestamp(self.acknowledged_at),
@@ -85,11 +93,22 @@ class Item:
         }
 
 
-class WorkQueue:
-    """One environment's items. Expired leases are settled at every read and call, never in between (W§15)."""
+@dataclass(frozen=True)
+class Lapsed:
+    """What an item held before its lease lapsed, for a late echo that revives it."""
 
-    def __init__(self, environment_id: str, now: Callable[[], datetime]) -> None:
+    started_at: datetime
+    acknowledged_at: datetime | None
+    latest_heartbeat_at: datetime
+    ttl_seconds: int
+
+
+class WorkQueue:
+    """One environment's items. What time has changed is settled at calls, never in between (W§15)."""
+
+    def __init__(self, environment_id: str, now: Callable[[], datetime], switches: Switches | None = None) -> None:
         self.environment_id = environment_id
+        self.switches = switches or Switches()
         self._now = now
         self._items: dict[str, Item] = {}
         self._last_stamp: datetime | None = None
@@ -107,24 +126,36 @@ class WorkQueue:
             raise not_found(f"Work item {work_id}")
         return self._items[work_id]
 
-    def enqueue(self, work_id: str, data_type: str = "session") -> Item:
-        """A new item whose id is also its data's id (W§2)."""
+    def of_session(self, session_id: str) -> Item:
+        """The one item of a session. Raises Refusal 404."""
+        for item in self.items():
+            if item.data_type == "session" and item.data_id == session_id:
+                return item
+        raise not_found(f"The work item of {session_id}")
+
+    def enqueue(self, work_id: str, data_type: str = "session", data_id: str | None = None) -> Item:
+        """A new item; its data's id is its own unless another is given (W§2)."""
         now = self._now()
-        item = Item(work_id, self.environment_id, data_type, len(self._items), now, now)
+        about: str | None = data_id or work_id
+        if data_type != "session" and self.switches.healthcheck_data == "no_id":
+            about = None
+        item = Item(work_id, self.environment_id, data_type, about, len(self._items), now, now)
         self._items[work_id] = item
         return item
 
     def message_arrived(self, work_id: str) -> bool:
-        """A message to the item's session: a stopped item is queued again, any other left alone (W§3)."""
+        """A message to the item's session: a stopped item is queued again, a live one left alone (W§3)."""
         item = self.get(work_id)
-        if item.state != "stopped":
+        item.message_waits = item.state == "stopping" and self.switches.message_stopping == "queues_after"
+        queues = item.state == "stopping" and self.switches.message_stopping == "queues"
+        if item.state != "stopped" and not queues:
             return False
         self._queue_again(item)
         return True
 
     def poll(self, reclaim_older_than_ms: int = DEFAULT_RECLAIM_MS, worker_id: str | None = None) -> Item | None:
         """The oldest queued item that is not handed out, or was so too long ago; it stays queued (W§5.1)."""
-        self._settle()
+        self._settle(polled=True)
         now = self._now()
         if worker_id:
             self._workers[worker_id] = now
@@ -143,7 +174,9 @@ class WorkQueue:
     def ack(self, work_id: str) -> Item:
         """queued -> starting; Refusal 409 from any other state, also to the same worker (W§5.2)."""
         item = self.get(work_id)
-        if item.state != "queued":
+        if item.state in ("starting", "active") and self.switches.ack_repeat == "200":
+            return item
+        if item.state != "queued" or self._unpolled(item):
             raise Refusal(
                 409,
                 f"Work item {item.id} must be in QUEUED state to acknowledge. Current state: {item.state}.",
@@ -159,29 +192,43 @@ class WorkQueue:
         Raises Refusal 412 if the item does not hold the expected value; not compared once it stops.
         """
         item = self.get(work_id)
+        self._settle_item(item)  # whatever `expiry` says: what an echo finds is `late_echo`'s
+        self._revive(item, expected)
+        if item.state == "stopped" and expected == NO_HEARTBEAT and self.switches.claim_stopped == "412":
+            raise self._precondition_failed(item, expected)
         if item.state in ("stopping", "stopped"):
             return self._beat_reply(item, extended=False)
         actual = timestamp(item.latest_heartbeat_at)
         claims = expected == NO_HEARTBEAT and item.state == "starting"
+        if item.state == "queued" and expected == NO_HEARTBEAT:
+            if self.switches.claim_queued == "409":
+                raise Refusal(409, f"Work item {item.id} must be acknowledged before it is claimed.")
+            claims = self.switches.claim_queued == "claim"
+        if self._unpolled(item):
+            raise self._precondition_failed(item, expected)
         if not (expected is None or claims or (actual is not None and expected == actual)):
             raise self._precondition_failed(item, expected)
         if item.acknowledged_at is None:  # a beat without an expected value also acks (W§6.2)
             item.acknowledged_at = self._stamp()
         if desired_ttl_seconds is not None:
-            item.ttl_seconds = min(max(desired_ttl_seconds, LEAST_TTL_SECONDS), MOST_TTL_SECONDS)
+            least, most = map(int, self.switches.ttl_bounds.split("-"))
+            item.ttl_seconds = min(max(desired_ttl_seconds, least), most)
         else:
             item.ttl_seconds = DEFAULT_TTL_SECONDS
         item.state, item.latest_heartbeat_at = "active", self._stamp()
         return self._beat_reply(item, extended=True)
 
     def stop(self, work_id: str, *, force: bool = False) -> Item:
-        """Never refused (W§7.1). Graceful on an item nobody acked stops it at once (invented)."""
+        """Never refused (W§7.1)."""
         item = self.get(work_id)
-        if item.state == "stopped" or (item.state == "stopping" and not force):
+        at_once = (item.state == "queued" and self.switches.graceful_queued == "stopped") or (
+            item.state == "stopping" and self.switches.graceful_again == "stopped"
+        )
+        if item.state == "stopped" or (item.state == "stopping" and not (force or at_once)):
             return item
         now = self._now()
         item.stop_requested_at = item.stop_requested_at or now
-        if force or item.state == "queued":
+        if force or at_once:
             item.state, item.stopped_at = "stopped", now
         else:
             item.state = "stopping"
@@ -190,7 +237,7 @@ class WorkQueue:
     def update(self, work_id: str, patch: Any) -> Item:
         """Strings set, null deletes, other keys stay; Refusal 400 for a bad patch (W§7.2)."""
         item = self.get(work_id)
-        if patch is None:
+        if patch is None and self.switches.empty_patch == "unchanged":
             return item
         if not isinstance(patch, dict):
             raise _bad_metadata("metadata must be an object of strings and nulls")
@@ -210,11 +257,19 @@ class WorkQueue:
         return item
 
     def list(self, limit: int = DEFAULT_LIMIT, page: str | None = None) -> dict[str, Any]:
-        """One page, newest first (W§9; the order is invented). Refusal 400 for a bad limit or cursor."""
+        """One page (W§9). Refusal 400 for a bad limit or cursor."""
+        if self.switches.list_limit == "cap":
+            limit = min(max(limit, 1), MOST_LIMIT)
         if not 1 <= limit <= MOST_LIMIT:
             raise Refusal(400, f"limit must be between 1 and {MOST_LIMIT}.")
-        before = _number_in(page) if page is not None else len(self._items)
-        rest = [item for item in reversed(self.items()) if item.number < before]
+        last = None if page is None else _number_in(page)
+        if page is not None and last is None and self.switches.list_cursor == "400":
+            raise Refusal(400, "page is not a cursor that this list gave.")
+        items = [item for item in self.items() if item.state != "stopped" or self.switches.list_stopped == "shown"]
+        if self.switches.list_order == "newest":
+            rest = [item for item in reversed(items) if last is None or item.number < last]
+        else:
+            rest = [item for item in items if last is None or item.number > last]
         shown = rest[:limit]
         more = len(rest) > limit
         return {
@@ -249,17 +304,52 @@ class WorkQueue:
         self.heartbeat(work_id, NO_HEARTBEAT)
         return item
 
-    def _settle(self) -> None:
-        now = self._now()
+    def _settle(self, *, polled: bool = False) -> None:
         for item in self._items.values():
-            beat = item.latest_heartbeat_at
-            if item.state == "active" and beat and now > beat + timedelta(seconds=item.ttl_seconds):
+            if item.state == "stopped" and item.message_waits:
                 self._queue_again(item)
+            if polled or self.switches.expiry == "read":
+                self._settle_item(item)
+
+    def _settle_item(self, item: Item) -> None:
+        """What the passing of time makes of an item that nobody beats (W§6.4)."""
+        now, beat, acked = self._now(), item.latest_heartbeat_at, item.acknowledged_at
+        ttl = timedelta(seconds=item.ttl_seconds)
+        if item.state == "active" and beat and now > beat + ttl:
+            lapsed = Lapsed(item.started_at, acked, beat, item.ttl_seconds)
+            self._queue_again(item)
+            item.lapsed = lapsed
+        elif item.state == "starting" and self.switches.startup_lease == "on":
+            if acked and now > acked + timedelta(seconds=STARTUP_SECONDS):
+                self._queue_again(item)
+        elif item.state == "stopping" and self.switches.abandoned_stopping == "stopped":
+            since = beat or item.stop_requested_at
+            if since and now > since + ttl + timedelta(seconds=ABANDONED_SECONDS):
+                item.state, item.stopped_at = "stopped", now
+
+    def _revive(self, item: Item, expected: str | None) -> None:
+        """A late echo of the lapsed value, before anyone polled the item again, finds its lease as it was."""
+        lapsed = item.lapsed
+        if self.switches.late_echo == "refused" or lapsed is None or item.state != "queued" or item.polled_at:
+            return
+        if expected == timestamp(lapsed.latest_heartbeat_at):
+            item.state, item.lapsed, item.ttl_seconds = "active", None, lapsed.ttl_seconds
+            item.started_at, item.acknowledged_at = lapsed.started_at, lapsed.acknowledged_at
+            item.latest_heartbeat_at = lapsed.latest_heartbeat_at
+
+    def _unpolled(self, item: Item) -> bool:
+        """Whether a call is to be refused because no poll has handed the item out (W§16)."""
+        return self.switches.unpolled == "refused" and item.state == "queued" and item.polled_at is None
 
     def _queue_again(self, item: Item) -> None:
         item.state, item.started_at, item.ttl_seconds = "queued", self._stamp(), DEFAULT_TTL_SECONDS
         item.polled_at = item.acknowledged_at = item.latest_heartbeat_at = None
-        item.stop_requested_at = item.stopped_at = None
+        item.stop_requested_at = item.stopped_at = item.lapsed = None
+        item.message_waits = False
+        if self.switches.requeue_created_at == "new":
+            item.created_at = item.started_at
+        if self.switches.requeue_metadata == "cleared":
+            item.metadata = {}
 
     def _stamp(self) -> datetime:
         # Re-queue, ack and beats within one clock tick must still differ and keep their order: a stale value
@@ -304,11 +394,11 @@ def _bad_metadata(why: str) -> Refusal:
 
 
 def _cursor(number: int) -> str:
-    return base64.urlsafe_b64encode(f"before:{number}".encode()).decode()
+    return base64.urlsafe_b64encode(f"after:{number}".encode()).decode()
 
 
-def _number_in(cursor: str) -> int:
+def _number_in(cursor: str) -> int | None:
     try:
-        return int(base64.urlsafe_b64decode(cursor).decode().removeprefix("before:"))
+        return int(base64.urlsafe_b64decode(cursor).decode().removeprefix("after:"))
     except (binascii.Error, ValueError):
-        raise Refusal(400, "page is not a cursor that this list gave.") from None
+        return None
