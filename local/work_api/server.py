@@ -489,7 +489,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, emulator: Emulator, host: str, port: int) -> None:
         config = uvicorn.Config(
-            emulator.app,
+            self._app,
+            interface="asgi3",
             host=host,
             port=port,
             log_level="error",
@@ -497,8 +498,15 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=2,
         )
         super().__init__(config)
+        self.serve_instead(emulator)
+
+    def serve_instead(self, emulator: Emulator) -> None:
+        """From the next request on: a fresh emulator without a fresh server."""
         self._emulator = emulator
         emulator.cut = self._cut
+
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._emulator.app(scope, receive, send)
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         """None: uvicorn's own way ends the process by the signal instead of an exit; see `__main__`."""

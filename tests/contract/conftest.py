@@ -1,5 +1,6 @@
 """The Work API emulator as a fixture, in a thread of the test's process; no rules and no doubles of ours."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from local.work_api.server import Emulator, Server
 
 START_SECONDS = 30.0
+_HTTP = httpx.Client(timeout=10.0)  # one for all: each loads the machine's certificates
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,18 @@ class RunningEmulator:
     def control(self, method: str, path: str, json: Any = None) -> Any:
         """Calls `/_control/{path}` and returns the parsed reply."""
         url = f"{self.base_url}/_control/{path.lstrip('/')}"
-        return httpx.request(method, url, json=json, timeout=10.0).raise_for_status().json()
+        return _HTTP.request(method, url, json=json).raise_for_status().json()
 
 
-@pytest.fixture
-def emulator() -> Iterator[RunningEmulator]:
-    environment_id, environment_key, org_key = (
-        "env_contract",
-        "sk-ant-oat01-contract",
-        "sk-ant-api03-contract",
-    )
-    server = Server(Emulator(environment_id, environment_key, org_key), "127.0.0.1", 0)
+def fresh() -> Emulator:
+    """An emulator with the credentials that `RunningEmulator` names."""
+    return Emulator("env_contract", "sk-ant-oat01-contract", "sk-ant-api03-contract")
+
+
+@contextlib.contextmanager
+def running() -> Iterator[tuple[Server, RunningEmulator]]:
+    """A server in a thread of its own; its end asserts that nothing held it up."""
+    server = Server(fresh(), "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + START_SECONDS
@@ -48,7 +51,13 @@ def emulator() -> Iterator[RunningEmulator]:
         assert thread.is_alive(), "the emulator ended before it listened"
         assert time.monotonic() < deadline, "the emulator did not start in time"
         time.sleep(0.01)
-    yield RunningEmulator(server.url, environment_id, environment_key, org_key)
+    yield server, RunningEmulator(server.url, "env_contract", "sk-ant-oat01-contract", "sk-ant-api03-contract")
     server.should_exit = True
     thread.join(START_SECONDS)
     assert not thread.is_alive(), "the emulator did not end"
+
+
+@pytest.fixture
+def emulator() -> Iterator[RunningEmulator]:
+    with running() as (_, reached):
+        yield reached

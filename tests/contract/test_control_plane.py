@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import SecretStr
 
@@ -101,7 +102,8 @@ class Plane:
         self.store, self.queue, self.ecs, self.loop = MemoryStore(), Queue(), FakeEcs(), Loop()
         self.woken: list[str] = []
         key = Key(emulator.environment_key)
-        self.api = WorkApi(emulator.base_url, emulator.environment_id, key, sleep=lambda _: None)
+        plain = httpx.HTTPTransport(verify=False)  # no certificates to load for every test
+        self.api = WorkApi(emulator.base_url, emulator.environment_id, key, sleep=lambda _: None, transport=plain)
         parts: Any = {"config": CONFIG, "store": self.store, "now": self.now}
         self.claimer = Claimer(
             api=self.api,
