@@ -159,9 +159,14 @@ def judge_echo_refusal(lease: Lease, state: CurrentState | None) -> Verdict:
 
 
 def judge_claim_refusal(record: Record, state: CurrentState | None, desired_ttl_seconds: int) -> Verdict:
-    """The 412 rule for a claim. Without our own ack's 200 it is never ours (DESIGN §5, rule 5)."""
+    """The 412 rule for a claim. Without our own ack's 200 another's lease is never ours (DESIGN §5, rule 5).
+
+    Without a state it may be nobody's: given up, an item that an unanswered ack of ours took would wait for ever.
+    """
+    if state is None:
+        return Verdict.UNKNOWN
     if record.acknowledged_at is None:
-        return Verdict.OVER if state and state.state == "stopped" else Verdict.LOST
+        return Verdict.OVER if state.state == "stopped" else Verdict.LOST
     window = min(desired_ttl_seconds, CLAIM_WINDOW_SECONDS)
     return _judge_refusal(record.acknowledged_at, window, state, unclaimed=Verdict.UNKNOWN)
 

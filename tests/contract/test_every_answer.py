@@ -242,6 +242,18 @@ def test_a_session_completes_with_one_fault_at_any_call(plane: Plane, call: str,
 
 
 @all_faults
+def test_a_session_completes_with_the_ack_s_reply_lost_and_a_fault_at_the_claim(
+    plane: Plane, fault: dict[str, Any]
+) -> None:
+    inject(plane, {"kind": "lost"}, "ack")
+    inject(plane, fault, "heartbeat")
+    work_id = plane.queue_session()
+    run_until_over(plane, work_id)
+    assert not faults_left(plane)
+    assert plane.record(work_id).outcome is Outcome.COMPLETED
+
+
+@all_faults
 @pytest.mark.parametrize("call", ["heartbeat", "stop"])
 def test_a_turn_that_runs_completes_with_one_fault_at_its_end(plane: Plane, call: str, fault: dict[str, Any]) -> None:
     work_id, arn = plane.run_to_running()
