@@ -1,15 +1,13 @@
-"""The emulator over HTTP: routes, parameters and the error envelope; no rules of the queue or the agent.
+"""The emulator over HTTP: its routes and what each call does; no rules of the queue or the agent.
 
 `/v1/` is the API as WORK_API.md (W§n) tells it; `/_control/` is ours, for tests: no credentials, loopback only.
+There, `switches` shows and sets how open points are answered, `faults` which calls fail and how.
 """
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import math
-import sys
-import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -26,12 +24,30 @@ from starlette.types import Receive, Scope, Send
 
 from local.work_api.access import Access, Caller
 from local.work_api.faults import Call, Fault, Faults
+from local.work_api.replies import (
+    Unanswered,
+    body_of,
+    check_beta,
+    check_loopback,
+    envelope,
+    failed,
+    flag_in,
+    integer_in,
+    json_reply,
+    log_refusal,
+    new_id,
+    no_route,
+    rate_limited,
+    refused,
+    request_id_header,
+    text_of,
+    token_of,
+)
 from local.work_api.sessions import Event, Session, Sessions, read_events, read_script
 from local.work_api.state import DEFAULT_LIMIT, DEFAULT_RECLAIM_MS, Refusal, WorkQueue, timestamp
-from local.work_api.switches import Switches
+from local.work_api.switches import Switches, wrong_in
 from local.work_api.webhooks import Webhooks
 
-BETA = "managed-agents-2026-04-01"
 MOST_BLOCK_MS = 999
 MOST_EVENTS = 1000
 MOST_RECLAIM_MS = 600_000
@@ -64,15 +80,15 @@ class Emulator:
         self._set_switches(switches or Switches())
         self._faults = Faults()
         self._recent: deque[datetime] = deque()
-        self._sessions = Sessions(environment_id, self._now, _new_id)
-        self._webhooks = Webhooks(self._now, _new_id)
+        self._sessions = Sessions(environment_id, self._now, new_id)
+        self._webhooks = Webhooks(self._now, new_id)
         self._calls: list[dict[str, Any]] = []
         self._woken = asyncio.Event()
         self._closing = False
         self.cut: Callable[[Any], None] | None = None  # the server's, which has the connections
         self.app = Starlette(
             routes=self._routes(),
-            exception_handlers={Refusal: _refused, HTTPException: _no_route, Exception: _failed},
+            exception_handlers={Refusal: refused, HTTPException: no_route, Exception: failed},
         )
 
     def close(self) -> None:
@@ -134,17 +150,17 @@ class Emulator:
                 except Refusal as refusal:
                     record["status"] = refusal.status
                     if refusal.type == "not_found_error" and self._queue.switches.unknown_work == "bare":
-                        _log_refusal(request, refusal)
+                        log_refusal(request, refusal)
                         return JSONResponse({"detail": "Not Found"}, 404)
                     raise
 
             try:
-                _check_beta(request)
-                caller = self._access.caller(_token(request))
+                check_beta(request)
+                caller = self._access.caller(token_of(request))
                 record["credential"] = caller.credential
                 self._access.check_work(caller, call, request.path_params["environment_id"], work_id)
                 if call == "stop":
-                    record["force"] = _flag(await _json(request), "force")
+                    record["force"] = flag_in(await body_of(request), "force")
             except Refusal as refusal:
                 record["status"] = refusal.status
                 raise
@@ -176,9 +192,9 @@ class Emulator:
             record["work_id"] = reply["id"]
         if call == "stop" and stop_reply == "204":
             record["status"] = 204
-            return Response(status_code=204, headers=_request_id())
+            return Response(status_code=204, headers=request_id_header())
         record["status"] = 200
-        return _reply(reply)
+        return json_reply(reply)
 
     def _check_rate(self) -> None:
         """Raises Refusal 429 with its retry-after (W§11.1)."""
@@ -189,7 +205,7 @@ class Emulator:
             recent.popleft()
         if len(recent) >= MOST_CALLS_A_MINUTE:
             wait = math.ceil((recent[0] + timedelta(minutes=1) - now).total_seconds())
-            raise _rate_limited(max(1, wait))
+            raise rate_limited(max(1, wait))
         recent.append(now)
 
     async def _check_fields(self, call: str, request: Request) -> None:
@@ -197,7 +213,7 @@ class Emulator:
             return
         unknown = set(request.query_params) - _QUERY.get(call, set()) - {"beta"}  # older SDKs add `beta` (W§1)
         if call in _BODY:
-            unknown |= set(await _json(request)) - _BODY[call]
+            unknown |= set(await body_of(request)) - _BODY[call]
         if unknown:
             raise Refusal(400, f"Unknown fields: {', '.join(sorted(unknown))}.")
 
@@ -219,25 +235,25 @@ class Emulator:
             case "lost":
                 with contextlib.suppress(Refusal):
                     await act()
-                return _Unanswered(self.cut)
+                return Unanswered(self.cut)
             case "away":
-                return _Unanswered(self.cut)
+                return Unanswered(self.cut)
             case "malformed":
-                return Response('{"type": "wo', media_type="application/json", headers=_request_id())
+                return Response('{"type": "wo', media_type="application/json", headers=request_id_header())
             case "content_type":
                 return Response("<html>Service page</html>", media_type="text/html")
             case "status":
                 kind = {429: "rate_limit_error", 529: "overloaded_error"}.get(fault.status)
                 kind = kind or ("api_error" if fault.status >= 500 else "invalid_request_error")
-                return _envelope(Refusal(fault.status, "Injected fault.", type=kind, retry_after=fault.retry_after))
+                return envelope(Refusal(fault.status, "Injected fault.", type=kind, retry_after=fault.retry_after))
 
     async def _poll(self, request: Request) -> dict[str, Any] | None:
         switches = self._queue.switches
         clamps = switches.long_block == "clamp"
-        block_ms = _integer(request, "block_ms", None, 1, None if clamps else MOST_BLOCK_MS)
+        block_ms = integer_in(request, "block_ms", None, 1, None if clamps else MOST_BLOCK_MS)
         block_ms = None if block_ms is None else min(block_ms, MOST_BLOCK_MS)
         try:
-            reclaim = _integer(request, "reclaim_older_than_ms", DEFAULT_RECLAIM_MS, 0)
+            reclaim = integer_in(request, "reclaim_older_than_ms", DEFAULT_RECLAIM_MS, 0)
         except Refusal:
             if switches.reclaim_range == "400":
                 raise
@@ -264,23 +280,23 @@ class Emulator:
         return self._queue.ack(request.path_params["work_id"]).body()
 
     async def _heartbeat(self, request: Request) -> dict[str, Any]:
-        ttl = _integer(request, "desired_ttl_seconds", None, 1)
+        ttl = integer_in(request, "desired_ttl_seconds", None, 1)
         expected = request.query_params.get("expected_last_heartbeat")
         return self._queue.heartbeat(request.path_params["work_id"], expected, ttl)
 
     async def _stop(self, request: Request) -> dict[str, Any]:
-        force = _flag(await _json(request), "force")
+        force = flag_in(await body_of(request), "force")
         return self._queue.stop(request.path_params["work_id"], force=force).body()
 
     async def _retrieve(self, request: Request) -> dict[str, Any]:
         return self._queue.get(request.path_params["work_id"]).body()
 
     async def _update(self, request: Request) -> dict[str, Any]:
-        patch = (await _json(request)).get("metadata")
+        patch = (await body_of(request)).get("metadata")
         return self._queue.update(request.path_params["work_id"], patch).body()
 
     async def _list(self, request: Request) -> dict[str, Any]:
-        limit = _integer(request, "limit", DEFAULT_LIMIT)
+        limit = integer_in(request, "limit", DEFAULT_LIMIT)
         return self._queue.list(DEFAULT_LIMIT if limit is None else limit, request.query_params.get("page"))
 
     async def _stats(self, request: Request) -> dict[str, Any]:  # noqa: ARG002 - it has no parameters
@@ -289,35 +305,35 @@ class Emulator:
     # The session endpoints
 
     def _reach_session(self, request: Request) -> tuple[Session, Caller]:
-        _check_beta(request)
-        caller = self._access.caller(_token(request))
+        check_beta(request)
+        caller = self._access.caller(token_of(request))
         session_id = request.path_params["session_id"]
         self._access.check_session(caller, session_id)
         return self._sessions.get(session_id), caller
 
     async def _session(self, request: Request) -> Response:
         session, _ = self._reach_session(request)
-        return _reply(session.body())
+        return json_reply(session.body())
 
     async def _events(self, request: Request) -> Response:
         session, _ = self._reach_session(request)
-        limit = _integer(request, "limit", MOST_EVENTS, 1, MOST_EVENTS)
-        return _reply(session.page(limit or MOST_EVENTS, request.query_params.get("page")))
+        limit = integer_in(request, "limit", MOST_EVENTS, 1, MOST_EVENTS)
+        return json_reply(session.page(limit or MOST_EVENTS, request.query_params.get("page")))
 
     async def _post_events(self, request: Request) -> Response:
         session, caller = self._reach_session(request)
-        events = read_events((await _json(request)).get("events"))
+        events = read_events((await body_of(request)).get("events"))
         for event in events:
             self._access.check_event(caller, event)
         kept: list[Event] = []
         for event in events:
             if event.get("type") == "user.message":
-                self._message(session, _text(event), None)
+                self._message(session, text_of(event), None)
                 continue
             kept.append(session.post(event))
             if event.get("type") == "user.interrupt":  # W§3: a stuck session's work is queued again
                 self._queue_again(session)
-        return _reply({"data": kept})
+        return json_reply({"data": kept})
 
     async def _stream(self, request: Request) -> Response:
         session, _ = self._reach_session(request)
@@ -339,17 +355,17 @@ class Emulator:
             finally:
                 session.unsubscribe(queue)
 
-        return StreamingResponse(frames(), media_type="text/event-stream", headers=_request_id())
+        return StreamingResponse(frames(), media_type="text/event-stream", headers=request_id_header())
 
     async def _no_skill(self, request: Request) -> Response:
-        self._access.caller(_token(request))
+        self._access.caller(token_of(request))
         raise Refusal(404, "The emulator has no skills.", type="not_found_error")
 
     # The control routes
 
     def _control(self, path: str, answer: Handler, method: str = "POST") -> Route:
         async def handle(request: Request) -> Response:
-            _check_loopback(request)
+            check_loopback(request)
             return await answer(request)
 
         return Route(f"/_control/{path}", handle, methods=[method])
@@ -360,7 +376,7 @@ class Emulator:
         self._calls.append(record | {"status": 200, "force": force})
 
     async def _new_sessions(self, request: Request) -> Response:
-        body = await _json(request)
+        body = await body_of(request)
         script, count = read_script(body.get("script")), body.get("count", 1)
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise Refusal(400, "count must be a positive integer.")
@@ -368,55 +384,54 @@ class Emulator:
         for _ in range(count):
             session = self._sessions.create()
             session.message(str(body.get("text", "Begin.")), script)
-            made.append({"session_id": session.id, "work_id": self._queue.enqueue(session.id).id})
+            work_id = session.id if self._queue.switches.work_id == "session" else new_id("work")
             self._webhooks.announce(session.id)
-            work_id = session.id if self._queue.switches.work_id == "session" else _new_id("work")
             made.append({"session_id": session.id, "work_id": self._queue.enqueue(work_id, data_id=session.id).id})
         self._wake()
-        return _reply({"id": made[0]["session_id"], "sessions": made})
+        return json_reply({"id": made[0]["session_id"], "sessions": made})
 
     async def _new_message(self, request: Request) -> Response:
-        body = await _json(request)
+        body = await body_of(request)
         session = self._sessions.get(request.path_params["session_id"])
         self._message(session, str(body.get("text", "Go on.")), body.get("script"))
-        return _reply({"session_id": session.id, "work_id": self._queue.of_session(session.id).id})
+        return json_reply({"session_id": session.id, "work_id": self._queue.of_session(session.id).id})
 
     async def _new_work(self, request: Request) -> Response:
-        kind = (await _json(request)).get("type", "healthcheck")
+        kind = (await body_of(request)).get("type", "healthcheck")
         if not isinstance(kind, str) or kind == "session":
             raise Refusal(400, "type must be a string, and not session: POST /_control/sessions makes those.")
-        item = self._queue.enqueue(_new_id("work"), kind)
+        item = self._queue.enqueue(new_id("work"), kind)
         self._wake()
-        return _reply({"work_id": item.id})
+        return json_reply({"work_id": item.id})
 
     async def _control_stop(self, request: Request) -> Response:
-        force = _flag(await _json(request), "force")
+        force = flag_in(await body_of(request), "force")
         item = self._queue.stop(request.path_params["work_id"], force=force)
         self._foreign("control_stop", item.id, force=force)
-        return _reply(item.body())
+        return json_reply(item.body())
 
     async def _take_lease(self, request: Request) -> Response:
         item = self._queue.take_lease(request.path_params["work_id"])
         self._foreign("take_lease", item.id)
-        return _reply(item.body())
+        return json_reply(item.body())
 
     async def _finish_foreign(self, request: Request) -> Response:
         item = self._queue.stop(request.path_params["work_id"], force=True)
         self._foreign("finish_foreign", item.id, force=True)
-        return _reply(item.body())
+        return json_reply(item.body())
 
     async def _clock(self, request: Request) -> Response:
-        seconds = (await _json(request)).get("advance_seconds")
+        seconds = (await body_of(request)).get("advance_seconds")
         if not isinstance(seconds, int | float) or isinstance(seconds, bool) or seconds < 0:
             raise Refusal(400, "advance_seconds must be a number that is not negative.")
         self._ahead += timedelta(seconds=seconds)
         self._wake()
-        return _reply({"now": timestamp(self._now())})
+        return json_reply({"now": timestamp(self._now())})
 
     async def _register_webhook(self, request: Request) -> Response:
-        body = await _json(request)
+        body = await body_of(request)
         self._webhooks.register(body.get("url"), body.get("key"))
-        return _reply({})
+        return json_reply({})
 
     async def _state(self, request: Request) -> Response:  # noqa: ARG002 - it has no parameters
         sessions = [
@@ -431,31 +446,30 @@ class Emulator:
         ]
         work = [{key: value for key, value in item.body().items() if key != "secret"} for item in self._queue.items()]
         state = {"sessions": sessions, "work": work, "calls": self._calls, "webhooks": self._webhooks.deliveries}
-        return _reply(state)
+        return json_reply(state)
 
     async def _secrets(self, request: Request) -> Response:  # noqa: ARG002 - it has no parameters
-        return _reply({"secrets": self._access.issued})
+        return json_reply({"secrets": self._access.issued})
 
     async def _change_switches(self, request: Request) -> Response:
         try:
-            self._set_switches(self._queue.switches.changed(await _json(request)))
+            self._set_switches(self._queue.switches.changed(await body_of(request)))
         except ValueError as error:
             raise Refusal(400, str(error)) from None
         return await self._show_switches(request)
 
     async def _show_switches(self, request: Request) -> Response:  # noqa: ARG002 - it has no parameters
-        return _reply(self._queue.switches.model_dump())
+        return json_reply(self._queue.switches.model_dump())
 
     async def _new_fault(self, request: Request) -> Response:
         try:
-            self._faults.add(Fault.model_validate(await _json(request)))
+            self._faults.add(Fault.model_validate(await body_of(request)))
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-            raise Refusal(400, f"bad fault: {wrong}") from None
+            raise Refusal(400, f"bad fault: {wrong_in(error)}") from None
         return await self._show_faults(request)
 
     async def _show_faults(self, request: Request) -> Response:  # noqa: ARG002 - it has no parameters
-        return _reply({"faults": [fault.model_dump() for fault in self._faults.left()]})
+        return json_reply({"faults": [fault.model_dump() for fault in self._faults.left()]})
 
     async def _end_faults(self, request: Request) -> Response:
         self._faults.clear()
@@ -527,130 +541,3 @@ class Server(uvicorn.Server):
         """Where a started server listens."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://{host}:{port}"
-
-
-class _Unanswered(Response):
-    """Not a reply: the connection is closed instead of one."""
-
-    def __init__(self, cut: Callable[[Any], None] | None) -> None:
-        super().__init__()
-        if cut is None:
-            raise RuntimeError("without a server there is no connection to close")
-        self._cut = cut
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - nothing is sent
-        self._cut(scope["client"])
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-
-def _new_id(prefix: str) -> str:
-    return f"{prefix}_{uuid.uuid4().hex}"
-
-
-def _request_id() -> dict[str, str]:
-    return {"request-id": _new_id("req")}
-
-
-def _reply(body: Any) -> Response:
-    return JSONResponse(body, headers=_request_id())
-
-
-def _envelope(refusal: Refusal) -> Response:
-    headers = _request_id()
-    if refusal.retry_after is not None:
-        headers["retry-after"] = str(refusal.retry_after)
-    error: dict[str, Any] = {"type": refusal.type, "message": refusal.message}
-    if refusal.details is not None:
-        error["details"] = refusal.details
-    body = {"type": "error", "error": error, "request_id": headers["request-id"]}
-    return JSONResponse(body, refusal.status, headers)
-
-
-def _rate_limited(seconds: int) -> Refusal:
-    return Refusal(429, "Too many calls a minute.", type="rate_limit_error", retry_after=seconds)
-
-
-def _log_refusal(request: Request, refusal: Refusal) -> None:
-    """One line on stderr: the path still percent-encoded and without its query, no header, no body."""
-    path = request.scope["raw_path"].decode("ascii", "replace")
-    message = " ".join(refusal.message.split())
-    print(f"refused {request.method} {path}: {refusal.status} {refusal.type}: {message}", file=sys.stderr, flush=True)
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)  # noqa: S101 - registered for it alone
-    _log_refusal(request, error)
-    return _envelope(error)
-
-
-async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
-    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-    refusal = Refusal(error.status_code, str(error.detail), type=kind)
-    _log_refusal(request, refusal)
-    return _envelope(refusal)
-
-
-async def _failed(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
-    return _envelope(Refusal(500, "Internal server error", type="api_error"))
-
-
-def _check_beta(request: Request) -> None:
-    values = ",".join(request.headers.getlist("anthropic-beta"))
-    if BETA not in {value.strip() for value in values.split(",")}:
-        raise Refusal(404, "Not found", type="not_found_error")  # W§8: beta routes look absent without it
-
-
-def _check_loopback(request: Request) -> None:
-    if request.client is None or not ipaddress.ip_address(request.client.host).is_loopback:
-        raise Refusal(403, "The control routes answer this machine only.", type="permission_error")
-
-
-def _token(request: Request) -> str | None:
-    kind, _, token = request.headers.get("authorization", "").partition(" ")
-    return token.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key")
-
-
-async def _json(request: Request) -> dict[str, Any]:
-    """The body's object; zero bytes are an empty one, whatever their content type says (W§1)."""
-    raw = await request.body()
-    if not raw:
-        return {}
-    try:
-        body = json.loads(raw)
-    except ValueError:
-        raise Refusal(400, "The request body is not valid JSON.") from None
-    if not isinstance(body, dict):
-        raise Refusal(400, "The request body must be a JSON object.")
-    return body
-
-
-def _integer(
-    request: Request, name: str, default: int | None, least: int | None = None, most: int | None = None
-) -> int | None:
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    try:
-        value = int(text)
-    except ValueError:
-        raise Refusal(400, f"{name} must be an integer.") from None
-    if (least is not None and value < least) or (most is not None and value > most):
-        raise Refusal(400, f"{name} is out of range.")
-    return value
-
-
-def _flag(body: dict[str, Any], name: str) -> bool:
-    value = body.get(name, False)
-    if not isinstance(value, bool):
-        raise Refusal(400, f"{name} must be a boolean.")
-    return value
-
-
-def _text(event: Event) -> str:
-    content = event.get("content")
-    if isinstance(content, str):
-        return content
-    blocks = content if isinstance(content, list) else []
-    return "\n".join(str(block.get("text", "")) for block in blocks if isinstance(block, dict))

@@ -77,8 +77,12 @@ class Switches(BaseModel):
         try:
             return Switches.model_validate(self.model_dump() | changes)
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-            raise ValueError(f"bad switch: {wrong}") from None
+            raise ValueError(f"bad switch: {wrong_in(error)}") from None
+
+
+def wrong_in(error: ValidationError) -> str:
+    """What is wrong with a setting, in one line."""
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
 
 
 def values_of(name: str) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from local.work_api.server import BETA, Emulator
+from local.work_api.replies import BETA
+from local.work_api.server import Emulator
 
 ENVIRONMENT_KEY, ORG_KEY = "sk-ant-oat01-unit", "sk-ant-api03-unit"
 HERE, ELSEWHERE = "127.0.0.1", "192.0.2.7"

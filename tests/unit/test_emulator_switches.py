@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from local.work_api.server import BETA, Emulator
+from local.work_api.replies import BETA
+from local.work_api.server import Emulator
 from local.work_api.switches import Switches, values_of
 
 ENVIRONMENT_KEY, ORG_KEY = "sk-ant-oat01-unit", "sk-ant-api03-unit"
