@@ -53,6 +53,9 @@ class Histories(RuleBasedStateMachine):
 
     @rule(target=items)
     def session_created(self) -> str:
+        return self.new_item()
+
+    def new_item(self) -> str:
         work_id = f"sesn_{len(self.model)}"
         self.queue.enqueue(work_id)
         self.model[work_id] = Expected(queued_at=self.seconds)
@@ -61,9 +64,9 @@ class Histories(RuleBasedStateMachine):
     @rule(target=items)
     def session_taken(self) -> str:
         """A new item, acked and claimed: by single steps alone a history seldom gets that far."""
-        work_id = self.session_created()
-        self.ack(work_id)
-        self.claim(work_id)
+        work_id = self.new_item()
+        self.try_ack(work_id)
+        self.beat(work_id, NO_HEARTBEAT, accepted=True)
         return work_id
 
     @rule(seconds=st.sampled_from([0.5, 4, 6, 150, 301]))
@@ -94,6 +97,9 @@ class Histories(RuleBasedStateMachine):
 
     @rule(work_id=items)
     def ack(self, work_id: str) -> None:
+        self.try_ack(work_id)
+
+    def try_ack(self, work_id: str) -> None:
         expected = self.model[work_id]
         allowed = expected.state == "queued"
         self.expect_status(work_id, 200 if allowed else 409, lambda: self.queue.ack(work_id))
