@@ -174,8 +174,6 @@ def _deploy(folder: Path, aws_url: str, parameters: dict[str, str]) -> dict[str,
     architecture = "arm64" if platform.machine() in ("arm64", "aarch64") else "x86_64"
     values = {
         "SandboxImage": "sandbox:local",
-        "SubnetIds": "subnet-00000000000000001",
-        "SecurityGroupIds": "sg-00000000000000001",
         "Architecture": architecture,
         **parameters,
     }
