@@ -53,6 +53,8 @@ def main() -> None:
     patches.schedules(options.time_scale)
     patches.callable_function_urls(endpoint)
     patches.yaml_definitions()
+    patches.recorded_only_types()
+    patches.builds_push_an_image()
     patches.asynchronous_invocations()
     patches.packages_unpacked_once(state / "tmp" / "packages")
     patches.few_workers(options.workers)

@@ -1,8 +1,9 @@
-"""What each ECS and CloudWatch call is authorized against lives here; policy evaluation is ministack's.
+"""What ECS, CloudWatch, CodeBuild and layer calls are authorized against lives here; policy evaluation is ministack's.
 
-Source: AWS Service Authorization Reference, "Actions, resources, and condition keys" for Amazon ECS and
-Amazon CloudWatch. ministack checks every ECS action against the cluster's ARN and supplies no `ecs:*` or
-`cloudwatch:namespace` keys. A policy that does not pass here would not pass on AWS.
+Source: AWS Service Authorization Reference, "Actions, resources, and condition keys" for each service.
+ministack checks every ECS action against the cluster's ARN and supplies no `ecs:*` or `cloudwatch:namespace` keys;
+it takes reading a layer for listing all, and names no project for calls on builds. A policy that does not pass here
+would not pass on AWS.
 """
 
 import json
@@ -27,11 +28,20 @@ _IN_A_CLUSTER = _ON_TASKS | {"RunTask", "StartTask", "ListTasks"}
 
 def install() -> None:
     """Correct what is checked, add the condition keys, and make the checks beyond the first."""
-    resource_of, keys_of, handle = (
+    action_of, resource_of, keys_of, handle = (
+        iam_actions.extract_iam_action,
         iam_actions.extract_resource_arn,
         iam_actions.request_tag_context,
         app.SERVICE_HANDLERS["ecs"],
     )
+
+    def extract_iam_action(
+        service: str, method: str, path: str, headers: dict[str, str], body: bytes, params: dict[str, Any]
+    ) -> str | None:
+        if service == "lambda" and _layer_version(method, path, params):
+            return "lambda:GetLayerVersion"
+        action: str | None = action_of(service, method, path, headers, body, params)
+        return action
 
     def extract_resource_arn(
         service: str,
@@ -43,6 +53,10 @@ def install() -> None:
         region: str,
         account_id: str,
     ) -> str:
+        if service == "lambda" and (version := _layer_version(method, path, params)):
+            return version
+        if service == "codebuild" and (project := _project_of_build(_json(body), region, account_id)):
+            return project
         action = _ecs_action(headers) if service == "ecs" else None
         resources = ecs_resources(action, _json(body), region, account_id) if action else None
         return (
@@ -65,6 +79,7 @@ def install() -> None:
         denied = _further_denial(headers, body, query) if app.AUTH else None
         return denied or await handle(method, path, headers, body, query)
 
+    iam_actions.extract_iam_action = extract_iam_action
     iam_actions.extract_resource_arn = extract_resource_arn
     iam_actions.request_tag_context = request_tag_context
     app.SERVICE_HANDLERS["ecs"] = handle_ecs
@@ -136,6 +151,20 @@ def _cluster_key(action: str, data: dict[str, Any], region: str, account_id: str
     if action not in _IN_A_CLUSTER:
         return {}
     return {"ecs:cluster": f"arn:aws:ecs:{region}:{account_id}:cluster/{_name(data.get('cluster') or 'default')}"}
+
+
+def _layer_version(method: str, path: str, params: dict[str, Any]) -> str | None:
+    """The ARN that GetLayerVersionByArn asks for; None for any other call."""
+    if method != "GET" or not path.rstrip("/").endswith("/layers"):
+        return None
+    arn = params.get("Arn")
+    return str(arn[0] if isinstance(arn, list) else arn) if arn else None
+
+
+def _project_of_build(data: dict[str, Any], region: str, account_id: str) -> str | None:
+    """The project of the first build that a call names; None where it names none."""
+    build = next(iter(data.get("ids") or []), data.get("id"))
+    return f"arn:aws:codebuild:{region}:{account_id}:project/{str(build).split(':', 1)[0]}" if build else None
 
 
 def _metric_namespace(body: bytes, params: dict[str, Any]) -> str | None:
