@@ -76,7 +76,7 @@ def running(time_scale: float, say: Callable[[str], None], parameters: dict[str,
         if build(folder, say):
             say("template built by sam build")
         given = {"EnvironmentId": ENVIRONMENT_ID, "BaseUrl": api_url, "SandboxImage": "sandbox:local", **parameters}
-        outputs = deploy(folder, aws_url, given, say=say)
+        outputs = deploy(folder, aws_url, given, say)
         webhook_key = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
         deployed = Stack(api_url, aws_url, outputs, (key, organisation_key, webhook_key), printed)
         for name, value in (("EnvironmentKeySecretArn", key), ("WebhookSecretArn", webhook_key)):
@@ -174,26 +174,33 @@ def _sam_python() -> str:
     return subprocess.check_output([ROOT / ".venv-aws/bin/python", "-c", code], text=True).strip()
 
 
-def deploy(
-    folder: Path, aws_url: str, parameters: dict[str, str], name: str = STACK, say: Callable[[str], None] = print
-) -> dict[str, str]:
+def deploy(folder: Path, aws_url: str, parameters: dict[str, str], say: Callable[[str], None]) -> dict[str, str]:
     """`sam deploy` of what was built; the stack's outputs. Raises StackFailed, with CloudFormation's reason."""
-    architecture = "arm64" if platform.machine() in ("arm64", "aarch64") else "x86_64"
     _sam(
         folder,
-        *("deploy", "--stack-name", name, "--resolve-s3", "--capabilities", "CAPABILITY_IAM"),
+        *("deploy", "--stack-name", STACK, "--resolve-s3", "--capabilities", "CAPABILITY_IAM"),
         *("--no-confirm-changeset", "--no-progressbar", "--parameter-overrides"),
-        *(f"{parameter}={value}" for parameter, value in {"Architecture": architecture, **parameters}.items()),
+        *(f"{parameter}={value}" for parameter, value in {"Architecture": architecture(), **parameters}.items()),
         AWS_ENDPOINT_URL=aws_url,
     )
-    say(f"stack {name} deployed by sam deploy")
+    say(f"stack {STACK} deployed by sam deploy")
     client: Any = boto3.client("cloudformation", endpoint_url=aws_url, **_credentials())  # type: ignore[call-overload]
-    pages = client.get_paginator("list_stack_resources").paginate(StackName=name)
-    recorded = {part["ResourceType"] for page in pages for part in page["StackResourceSummaries"]} & set(RECORDED_ONLY)
-    if recorded:
-        say(f"recorded only, not tried here: {', '.join(sorted(recorded))}")
-    described = client.describe_stacks(StackName=name)["Stacks"][0]
+    if recorded := recorded_only(client, STACK):
+        say(f"recorded only, not tried here: {', '.join(recorded)}")
+    described = client.describe_stacks(StackName=STACK)["Stacks"][0]
     return {output["OutputKey"]: output["OutputValue"] for output in described["Outputs"]}
+
+
+def architecture() -> str:
+    """This machine's, in the template's words."""
+    return "arm64" if platform.machine() in ("arm64", "aarch64") else "x86_64"
+
+
+def recorded_only(cloudformation: Any, name: str) -> list[str]:
+    """The types of a stack that the local AWS did not create."""
+    pages = cloudformation.get_paginator("list_stack_resources").paginate(StackName=name)
+    types = {resource["ResourceType"] for page in pages for resource in page["StackResourceSummaries"]}
+    return sorted(types & set(RECORDED_ONLY))
 
 
 def _sam(folder: Path, *arguments: str, **environment: str) -> None:
