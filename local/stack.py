@@ -28,6 +28,7 @@ STACK = "sandbox-fleet"
 _READY_SECONDS = 60.0
 _DEPLOY_SECONDS = 300.0
 _END_SECONDS = 90.0  # the local AWS ends its children before itself; cut short, they still write as we clean up
+_BUILT = ROOT / ".aws-sam/local"  # apart from what `sam build` makes for AWS: that is for another Python
 _SOURCES = ("template.yaml", "functions", "sandbox", "shared", "statemachine")
 
 
@@ -158,12 +159,19 @@ def build(folder: Path, say: Callable[[str], None]) -> bool:
         for part in sorted([path] if path.is_file() else path.rglob("*")):
             if part.is_file() and "__pycache__" not in part.parts:
                 digest.update(part.relative_to(ROOT).as_posix().encode() + part.read_bytes())
-    mark = ROOT / ".aws-sam" / "built-for-local"
+    mark = _BUILT / "sources"
     if mark.exists() and mark.read_text() == digest.hexdigest():
         return False
     say("building the template")
     version = _sam_python()
-    _sam(folder, "build", LAYER_PYTHON=version, LAYER_MACHINE=platform.machine().replace("arm64", "aarch64"))
+    _sam(
+        folder,
+        "build",
+        "--build-dir",
+        str(_BUILT),
+        LAYER_PYTHON=version,
+        LAYER_MACHINE=platform.machine().replace("arm64", "aarch64"),
+    )
     mark.write_text(digest.hexdigest())
     return True
 
@@ -178,8 +186,8 @@ def deploy(folder: Path, aws_url: str, parameters: dict[str, str], say: Callable
     """`sam deploy` of what was built; the stack's outputs. Raises StackFailed, with CloudFormation's reason."""
     _sam(
         folder,
-        *("deploy", "--stack-name", STACK, "--resolve-s3", "--capabilities", "CAPABILITY_IAM"),
-        *("--no-confirm-changeset", "--no-progressbar", "--parameter-overrides"),
+        *("deploy", "--template-file", str(_BUILT / "template.yaml"), "--stack-name", STACK, "--resolve-s3"),
+        *("--capabilities", "CAPABILITY_IAM", "--no-confirm-changeset", "--no-progressbar", "--parameter-overrides"),
         *(f"{parameter}={value}" for parameter, value in {"Architecture": architecture(), **parameters}.items()),
         AWS_ENDPOINT_URL=aws_url,
     )

@@ -199,6 +199,19 @@ def test_work_beyond_the_slots_stays_in_the_server_s_queue(plane: Plane) -> None
     assert sorted(plane.api_state(work_id) for work_id in ids) == ["active", "active", "queued"]
 
 
+def test_no_slots_at_all_is_a_pause(plane: Plane) -> None:
+    """Nothing new is taken; what is held goes on, its repair included."""
+    held = plane.queue_session()
+    plane.poll()
+    plane.queue.sent.clear()
+    plane.claimer.config = CONFIG.model_copy(update={"max_sessions": 0})
+    waiting = plane.queue_session()
+    plane.time += 10 * 60_000
+    plane.poll()
+    assert plane.api_state(waiting) == "queued"
+    assert [message.work_id for message in plane.queue.sent] == [held]
+
+
 def test_an_item_that_is_no_session_is_acked_and_stopped_without_a_sandbox(plane: Plane) -> None:
     work_id = plane.emulator.control("POST", "work", {"type": "healthcheck"})["work_id"]
     assert plane.poll() == 0
