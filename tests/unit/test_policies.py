@@ -43,6 +43,7 @@ def test_every_condition_that_a_policy_depends_on_is_tried_both_ways(template: T
         ("123456789012.dkr.ecr.us-east-1.amazonaws.com/team/sandbox:1@sha256:ab12", "team/sandbox"),
         ("public.ecr.aws/team/sandbox:1", "none"),
         ("sandbox:local", "none"),
+        ("", "SandboxRepository"),  # built by the stack
     ],
 )
 def test_the_execution_role_pulls_from_the_images_repository_only(
@@ -52,6 +53,7 @@ def test_the_execution_role_pulls_from_the_images_repository_only(
     pulled = {
         statement["Resource"].split("repository/")[-1]
         for resources in cloudformation.branches(template)
+        if ("SandboxRepository" in resources) == (image == "")
         for policy in policies.policies(resources)
         for statement in policy.statements
         if "ecr:BatchGetImage" in statement["Action"]
