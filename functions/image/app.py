@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,6 +11,7 @@ from botocore.config import Config as BotoConfig
 
 from shared.image import BuildFailed, ImageBuilder, ImageRequest
 from shared.log import log
+from shared.metrics import flushed
 
 _LONGEST_REASON = 1000  # the whole answer may have 4096 bytes
 _ANSWER_WAITS = (0.0, 1.0, 3.0, 9.0)
@@ -31,7 +31,8 @@ def builder() -> ImageBuilder:
     )
 
 
-def handler(event: dict[str, Any], context: Any, sleep: Callable[[float], None] = time.sleep) -> None:
+@flushed
+def handler(event: dict[str, Any], context: Any) -> None:
     """Answers whatever happens: an unanswered request would hold the stack. Raises Unanswered."""
     answer: dict[str, Any] = {"Status": "SUCCESS"}
     try:
@@ -44,10 +45,10 @@ def handler(event: dict[str, Any], context: Any, sleep: Callable[[float], None] 
     except Exception as error:  # noqa: BLE001  told to CloudFormation, which shows it to who deploys
         log.exception("the image could not be built")
         answer = {"Status": "FAILED", "Reason": f"{type(error).__name__}: {error}"[:_LONGEST_REASON]}
-    _send(event, answer, sleep)
+    _send(event, answer)
 
 
-def _send(event: dict[str, Any], answer: dict[str, Any], sleep: Callable[[float], None]) -> None:
+def _send(event: dict[str, Any], answer: dict[str, Any]) -> None:
     """Puts the answer to the request's address, which whoever knows it may write to: it is never logged."""
     body = answer | {
         # One and the same for ever: a changed one would make CloudFormation delete the former
@@ -56,7 +57,7 @@ def _send(event: dict[str, Any], answer: dict[str, Any], sleep: Callable[[float]
     }
     said = ""
     for wait in _ANSWER_WAITS:
-        sleep(wait)
+        time.sleep(wait)
         try:
             reply = httpx.put(event["ResponseURL"], content=json.dumps(body), headers={"content-type": ""}, timeout=10)
         except httpx.HTTPError as error:

@@ -121,6 +121,7 @@ def image(account: Account, cloudformation: CloudFormation, monkeypatch: pytest.
     builder = ImageBuilder(client, client, client, account.sleep)  # type: ignore[arg-type]
     monkeypatch.setattr(module, "builder", lambda: builder)
     monkeypatch.setattr(module.httpx, "put", cloudformation.put)
+    monkeypatch.setattr(module.time, "sleep", account.sleep)
     return module
 
 
@@ -128,7 +129,7 @@ def run(image: ModuleType, account: Account, cloudformation: CloudFormation, **p
     """The answer to the sample request, with its properties changed."""
     event = sample("image_create")
     event["ResourceProperties"] |= properties
-    image.handler(event, account, account.sleep)
+    image.handler(event, account)
     answer = cloudformation.answers[-1]
     for name in ("StackId", "RequestId", "LogicalResourceId"):
         assert answer[name] == event[name]
@@ -249,7 +250,7 @@ def test_a_delete_is_answered_without_a_call(
     image: ModuleType, cloudformation: CloudFormation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image, "builder", lambda: pytest.fail("nothing is to be built"))
-    image.handler(sample("image_delete"), None, lambda _: None)
+    image.handler(sample("image_delete"), None)
     assert cloudformation.answers[0]["Status"] == "SUCCESS"
 
 
@@ -264,7 +265,7 @@ def test_an_answer_that_is_never_taken_fails_the_call_and_keeps_the_address(
     """Lambda then repeats the event; whoever knows the address could answer in our place."""
     cloudformation.refusals = 100
     with pytest.raises(image.Unanswered) as raised:
-        image.handler(sample("image_create"), account, account.sleep)
+        image.handler(sample("image_create"), account)
     assert "example-signature" not in str(raised.value)
     assert raised.value.__cause__ is None
     assert "example-signature" not in "".join(capsys.readouterr())
