@@ -389,7 +389,7 @@ def _next_attempt(record: Record, now: int, why: str, *, interrupted: bool) -> R
 # --- the end (DESIGN §7) --------------------------------------------------------------------------------------
 
 ENDED_BY_ITSELF = (Outcome.COMPLETED, Outcome.UNSERVED)
-"""Outcomes whose stop is posted while the sandbox lives; else another attempt is made (docs/decisions/0005)."""
+"""Outcomes whose stop is posted while the sandbox lives; else another attempt is made (docs/decisions/0006)."""
 
 
 def stops_before_death(record: Record) -> bool:

@@ -120,13 +120,11 @@ class WatchedQueue(WorkQueue):
         key = (item.id, item.started_at)
         return self.held_by.get(key) or self.acked_by.get(key)
 
-    def _settle(self) -> None:
-        before = {item.id: item.started_at for item in self._items.values() if item.state == "active"}
-        super()._settle()
-        for work_id, started_at in before.items():
-            item = self._items[work_id]
-            if item.started_at != started_at:
-                self.lapsed(item, self.held_by.get((work_id, started_at)))
+    def _settle_item(self, item: Item) -> None:
+        before, holder = item.started_at, self.held_by.get((item.id, item.started_at))
+        super()._settle_item(item)
+        if item.started_at != before:
+            self.lapsed(item, holder)
 
 
 @dataclass
