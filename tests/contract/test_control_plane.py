@@ -101,6 +101,7 @@ class Plane:
         self.time = 1_800_000_000_000
         self.store, self.queue, self.ecs, self.loop = MemoryStore(), Queue(), FakeEcs(), Loop()
         self.woken: list[str] = []
+        self.callbacks: dict[tuple[str, int, int], SecretStr] = {}
         key = Key(emulator.environment_key)
         plain = httpx.HTTPTransport(verify=False)  # no certificates to load for every test
         self.api = WorkApi(emulator.base_url, emulator.environment_id, key, sleep=lambda _: None, transport=plain)
@@ -480,13 +481,16 @@ def request(plane: Plane, work_id: str, nonce: str = "n1", ticket: str | None = 
 
 
 def last_word(plane: Plane, work_id: str, *, unserved: bool = False) -> TurnEnded:
-    credential = plane.tickets.redeem(request(plane, work_id))
+    """The sandbox's word; its ticket is exchanged the first time."""
     record = plane.record(work_id)
+    sandbox = (work_id, record.turn, record.attempt)
+    if sandbox not in plane.callbacks:
+        plane.callbacks[sandbox] = plane.tickets.redeem(request(plane, work_id)).callback_secret
     return TurnEnded(
         work_id=work_id,
         turn=record.turn,
         attempt=record.attempt,
-        callback_secret=credential.callback_secret,
+        callback_secret=plane.callbacks[sandbox],
         unserved=unserved,
     )
 

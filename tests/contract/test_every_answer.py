@@ -10,9 +10,10 @@ from local.work_api.server import Server
 from local.work_api.switches import Switches, values_of
 from shared import lifecycle
 from shared.record import Outcome, Phase
+from shared.ticketing import TicketRefused
 from shared.work_api import NO_HEARTBEAT, TryAgain, WorkApiError
 from tests.contract.conftest import RunningEmulator, fresh, running
-from tests.contract.test_control_plane import SCRIPT, Plane
+from tests.contract.test_control_plane import SCRIPT, Plane, last_word
 from tests.contract.test_work_api_client import client
 
 # Every switch away from its default. Without a secret nothing can be served: that has a test of its own.
@@ -88,8 +89,17 @@ def one_round(plane: Plane) -> None:
         elif task["lastStatus"] == "PENDING":
             plane.observer.observe(plane.ecs.becomes(task["taskArn"], "RUNNING"))
         else:
-            plane.observer.observe(plane.ecs.becomes(task["taskArn"], "STOPPED", 0))
+            end_its_turn(plane, task)
     plane.pass_seconds(10)
+
+
+def end_its_turn(plane: Plane, task: dict[str, Any]) -> None:
+    """As a sandbox whose own stop was refused: it repeats its word until its item is stopped, then exits."""
+    work_id, _, _ = lifecycle.parse_started_by(task["startedBy"]) or pytest.fail("not ours")
+    with contextlib.suppress(TicketRefused):  # another actor ended the turn
+        if not plane.tickets.turn_ended(last_word(plane, work_id)):
+            return
+    plane.observer.observe(plane.ecs.becomes(task["taskArn"], "STOPPED", 0))
 
 
 def run_until_over(plane: Plane, work_id: str) -> None:
@@ -258,7 +268,7 @@ def test_a_session_completes_with_the_ack_s_reply_lost_and_a_fault_at_the_claim(
 def test_a_turn_that_runs_completes_with_one_fault_at_its_end(plane: Plane, call: str, fault: dict[str, Any]) -> None:
     work_id, arn = plane.run_to_running()
     plane.queue.sent.clear()
-    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 0))
+    end_its_turn(plane, plane.ecs.tasks[arn])
     inject(plane, fault, call)
     run_until_over(plane, work_id)
     assert not faults_left(plane)
