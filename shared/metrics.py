@@ -46,7 +46,12 @@ _lock = Lock()  # Powertools' set is not made for the threads of claimer, keeper
 
 
 def emit(metric: Metric, value: float = 1) -> None:
-    """Add a value; it is published when the handler ends. Safe to call from threads."""
+    """Add a value; it is published when the handler ends. Safe to call from threads.
+
+    A zero is not published: a metric without data costs nothing, so an idle stack pays for none.
+    """
+    if not value:
+        return
     with _lock:
         _sink.add_metric(metric.label, metric.unit, value)
 

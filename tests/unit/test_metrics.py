@@ -153,6 +153,12 @@ def test_threads_lose_no_count(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(sum(blob["KeyRefused"]) for blob in published(capsys)) == 4_000
 
 
+def test_a_zero_is_not_published_so_that_idle_costs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    emit(Metric.QUEUE_DEPTH, 0)
+    flush()
+    assert capsys.readouterr().out == ""
+
+
 def test_nothing_emitted_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert published(capsys) == []
 
