@@ -64,7 +64,8 @@ class Fargate:
     functions: Lambda
     container: Callable[[Task], int]
     stop_timeout_ms: int
-    watch: Callable[[Task], None] = lambda task: None  # after every change of a task's state
+    watch: Callable[[Task], None]  # after every change of a task's state
+    stopping: Callable[[Task, str], None]  # before a StopTask, with its reason
     tasks: dict[str, Task] = field(default_factory=dict)
     tokens: dict[str, Task] = field(default_factory=dict)
     full_until: int = 0
@@ -104,6 +105,7 @@ class Fargate:
         """SIGTERM; SIGKILL after the stop timeout."""
         if task.desired == "STOPPED":
             return
+        self.stopping(task, reason)
         task.desired, task.told_to_stop = "STOPPED", True
         task.reason, task.code = task.reason or reason, task.code or code
         if task.process is None:

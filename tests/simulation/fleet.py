@@ -15,6 +15,7 @@ import shared.metrics
 import shared.stopping
 import shared.wiring
 from local.work_api.state import Item, Refusal
+from shared import lifecycle
 from shared.claiming import Claimer, LaunchQueue
 from shared.config import SHARD, Config
 from shared.keeping import Keeper
@@ -125,6 +126,7 @@ class Fleet:
             self._sandbox,
             self.config.stop_timeout_seconds * 1000,
             self._check_task,
+            self._check_reaped,
         )
         self._build_functions()
         self.reported: set[str] = set()  # items that the janitor called stranded
@@ -397,6 +399,28 @@ class Fleet:
             self.violations.append(f"the lease of {item.id} lapsed while {live[0].arn} ran and the API answered")
 
     def _check_record(self, before: Record | None, after: Record) -> None:
+        """What a write to a record must not say (DESIGN §4, §7)."""
+        if before and before.is_live:
+            self._check_death(before, after)
+        self._check_loss(before, after)
+
+    def _check_death(self, before: Record, after: Record) -> None:
+        """Nothing is terminal, and no next attempt starts, before the container is dead."""
+        if after.is_live and after.attempt == before.attempt:
+            return
+        name = lifecycle.started_by(before.work_id, before.turn, before.attempt)
+        alive = [t.arn for t in self.fargate.tasks.values() if t.started_by == name and t.status != "STOPPED"]
+        if alive:
+            self.violations.append(f"{after.work_id} became {after.phase} while {alive} lived")
+
+    def _check_reaped(self, task: Task, reason: str) -> None:
+        """The janitor stops nobody who serves a live record."""
+        record = self.records.get(task.environment["FLEET_WORK_ID"])
+        serves = record and record.phase in (Phase.LAUNCHING, Phase.RUNNING) and record.started_by == task.started_by
+        if serves and "no live record" in reason and record and record.task_arn in (None, task.arn):
+            self.violations.append(f"{task.arn} was stopped as an orphan while it served {record.work_id}")
+
+    def _check_loss(self, before: Record | None, after: Record) -> None:
         """A lease is given up only when it is gone, or so close to it that the server may count differently."""
         if after.stop_outcome is not Outcome.LOST or (before and before.stop_outcome is Outcome.LOST):
             return
@@ -442,7 +466,15 @@ class Fleet:
         count = iter(range(1_000_000))
         client: Any = SimpleNamespace(get_secret_value=read_secret)
         key = StoredKey(client, "secret", name="key", prefix="sk-", until="nothing", now=lambda: machine.now / 1000)
-        api = WorkApi("http://simulated", ENVIRONMENT, key, transport=AnsweringTransport(self.transport), sleep=sleep)
+        api = WorkApi(
+            "http://simulated",
+            ENVIRONMENT,
+            key,
+            transport=AnsweringTransport(self.transport),
+            sleep=sleep,
+            now=lambda: machine.now / 1000,
+            jitter=machine.rng.random,
+        )
         store: Any = self.store
         sandboxes = Sandboxes(self.fargate, config)  # type: ignore[arg-type]
         queue = LaunchQueue(self.messages, "launches")  # type: ignore[arg-type]
