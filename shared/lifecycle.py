@@ -321,7 +321,9 @@ def after_running(record: Record, arn: str, version: int, now: int) -> Record | 
     changes = {"task_arn": arn, "event_version": version}
     if record.phase is Phase.STOPPING:
         return record.model_copy(update=changes)
-    return record.noted(now, "running", phase=Phase.RUNNING, running_since=now, **changes)
+    return record.noted(
+        now, "running", phase=Phase.RUNNING, running_since=now, served_since=record.served_since or now, **changes
+    )
 
 
 def after_container_stopped(
@@ -422,11 +424,22 @@ def never_launched(record: Record, now: int) -> Record:
     return _ended(record, now, wish)
 
 
-def overdue(record: Record, *, now: int, session_timeout_ms: int) -> StopWish | None:
-    """The wall clock of a running session."""
-    if record.phase is Phase.RUNNING and now >= (record.running_since or now) + session_timeout_ms:
-        return StopWish("the session's wall-clock limit is reached", Outcome.TIMED_OUT, post=True)
-    return None
+def overdue(record: Record, config: Config, now: int) -> StopWish | None:
+    """The turn's wall clock: it runs on over its attempts, from the first sandbox that ran.
+
+    Relaunches that never ran get what their starts may take on top; interruptions alone would repeat them for ever.
+    """
+    if record.phase not in (Phase.HELD, Phase.LAUNCHING, Phase.RUNNING):
+        return None
+    limit = config.session_timeout_seconds
+    began = record.served_since or record.running_since  # the latter in records of earlier versions
+    if began is None:
+        if record.attempt == 1:
+            return None  # the start deadline's
+        began, limit = record.turn, limit + config.max_attempts * config.start_timeout_seconds
+    if now < began + limit * 1000:
+        return None
+    return StopWish("the turn's wall-clock limit is reached", Outcome.TIMED_OUT, post=True)
 
 
 def needs_stopper(entry: LiveEntry, config: Config, now: int) -> bool:
@@ -438,6 +451,8 @@ def needs_stopper(entry: LiveEntry, config: Config, now: int) -> bool:
             return now - entry.turn >= config.start_timeout_seconds * 1000
         case Phase.RUNNING:
             return now - entry.turn >= config.session_timeout_seconds * 1000
+        case Phase.HELD:
+            return entry.attempt > 1 and now - entry.turn >= config.session_timeout_seconds * 1000
     return False
 
 

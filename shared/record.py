@@ -80,6 +80,7 @@ class Record(BaseModel):
     launch_until: int | None = None
     event_version: int = 0
     running_since: int | None = None
+    served_since: int | None = None  # when the turn's first sandbox ran: its wall clock, kept over attempts
     interruptions: int = 0
     ticket_hashes: tuple[str, ...] = ()
     ticket_nonce_hash: str | None = None

@@ -41,7 +41,7 @@ class Stopper:
 
     def round(self, shard: str) -> int:
         """Work at most 10 s on what is due; the next round goes on. Returns how many turns were closed."""
-        phases = (Phase.STOPPING, Phase.LAUNCHING, Phase.RUNNING)
+        phases = (Phase.STOPPING, Phase.HELD, Phase.LAUNCHING, Phase.RUNNING)
         return self.settle([e.work_id for e in self.store.live(shard) if e.phase in phases])
 
     def settle(self, work_ids: list[str]) -> int:
@@ -65,12 +65,12 @@ class Stopper:
 
     def _settle(self, record: Record) -> bool:
         now = self.now()
+        wish = lifecycle.overdue(record, self.config, now)
+        if wish:
+            record = self.store.save(lifecycle.want_stop(record, wish, now))
         if record.phase is Phase.LAUNCHING and now >= (record.launch_until or now):
             self._stop_stalled_launch(record)
             return False
-        wish = lifecycle.overdue(record, now=now, session_timeout_ms=self.config.session_timeout_seconds * 1000)
-        if wish:
-            record = self.store.save(lifecycle.want_stop(record, wish, now))
         if record.phase is not Phase.STOPPING:
             return False
         if lifecycle.stops_before_death(record):

@@ -469,6 +469,42 @@ def test_a_session_past_its_wall_clock_is_stopped(plane: Plane) -> None:
     assert plane.record(work_id).outcome is Outcome.TIMED_OUT
 
 
+@pytest.mark.parametrize("phase", [Phase.HELD, Phase.LAUNCHING, Phase.RUNNING])
+def test_the_wall_clock_goes_on_over_the_attempts_of_a_turn(plane: Plane, phase: Phase) -> None:
+    """FIELD_NOTES 26: relaunches, above all those that do not count, would else renew it for ever."""
+    work_id, arn = plane.run_to_running()
+    limited = CONFIG.model_copy(update={"session_timeout_seconds": 30, "start_timeout_seconds": 30})
+    plane.stopper.config = limited
+    plane.pass_seconds(20)
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 1))
+    if phase is not Phase.HELD:
+        plane.launcher.launch(plane.queue.sent[-1])
+    if phase is Phase.RUNNING:
+        plane.observer.observe(plane.ecs.becomes(plane.record(work_id).task_arn or "", "RUNNING"))
+    assert plane.record(work_id).phase is phase
+    plane.pass_seconds(15)
+    assert any(lifecycle.needs_stopper(entry, limited, plane.time) for entry in plane.store.live("0"))
+    plane.stop()
+    if phase is not Phase.HELD:
+        plane.observer.observe(plane.ecs.becomes(plane.record(work_id).task_arn or "", "STOPPED", 10))
+        plane.stop()
+    assert plane.record(work_id).outcome is Outcome.TIMED_OUT
+    assert plane.api_state(work_id) == "stopped"
+
+
+def test_interruptions_before_any_sandbox_ran_do_not_keep_a_turn_for_ever(plane: Plane) -> None:
+    work_id = plane.queue_session()
+    plane.poll()
+    record = plane.record(work_id)
+    again = record.model_copy(update={"attempt": 9, "interruptions": 8})
+    allowed = (CONFIG.session_timeout_seconds + CONFIG.max_attempts * CONFIG.start_timeout_seconds) * 1000
+    assert lifecycle.overdue(again, CONFIG, record.turn + allowed - 1) is None
+    wish = lifecycle.overdue(again, CONFIG, record.turn + allowed)
+    assert wish is not None
+    assert wish.outcome is Outcome.TIMED_OUT
+    assert lifecycle.overdue(record, CONFIG, record.turn + allowed) is None  # the first launch has its own deadline
+
+
 def request(plane: Plane, work_id: str, nonce: str = "n1", ticket: str | None = None) -> TicketRequest:
     record = plane.record(work_id)
     return TicketRequest(
