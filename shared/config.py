@@ -36,6 +36,7 @@ class Config(BaseModel):
     max_attempts: int = 3
     start_timeout_seconds: int = 600
     session_timeout_seconds: int = 14_400
+    stall_timeout_seconds: int = 3_600
     stop_timeout_seconds: int = 120
     retention_days: int = 30
     hand_over_environment_key: bool = False

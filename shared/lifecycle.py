@@ -350,10 +350,11 @@ def after_container_stopped(
         wish = StopWish(f"{diagnosis.summary}. {diagnosis.what_to_do}", Outcome.LAUNCH_FAILED, post=True)
         return _ended(told, now, wish)
     unstopped = exit_code == NOT_STOPPED or record.phase is Phase.STOPPING
-    why = "its item could not be stopped" if unstopped else diagnosis.summary
+    why = "its item could not be stopped" if unstopped else record.restart_reason or diagnosis.summary
     interrupted = diagnosis.kind is Kind.INTERRUPTED
     if not interrupted and record.attempt - record.interruptions >= max_attempts:
-        wish = StopWish(f"attempt {record.attempt} failed: {why}", Outcome.FAILED, post=True)
+        outcome = Outcome.TIMED_OUT if record.restart_reason else Outcome.FAILED
+        wish = StopWish(f"attempt {record.attempt} failed: {why}", outcome, post=True)
         return _ended(told.model_copy(update={"phase": Phase.RUNNING}), now, wish)
     return _next_attempt(told, now, why, interrupted=interrupted)
 
@@ -375,6 +376,10 @@ def _next_attempt(record: Record, now: int, why: str, *, interrupted: bool) -> R
         launch_until=None,
         event_version=0,
         running_since=None,
+        progress_at=None,
+        waits_for=None,
+        waiting_since=None,
+        restart_reason=None,
         ticket_hashes=(),
         ticket_nonce_hash=None,
         ticket_used_at=None,

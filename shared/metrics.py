@@ -26,6 +26,12 @@ class Metric(Enum):
     LIVE_SESSIONS = "LiveSessions", MetricUnit.Count, "turns that we serve"
     WAITING_SESSIONS = "WaitingSessions", MetricUnit.Count, "those whose sandbox does not run yet"
     OLDEST_WAITING_AGE = "OldestWaitingAge", MetricUnit.Seconds, "age of the oldest turn that waits for a first sandbox"
+    OLDEST_PROGRESS_AGE = (
+        "OldestProgressAge",
+        MetricUnit.Seconds,
+        "longest silence of a session whose sandbox is to act",
+    )
+    WAITING_FOR_ACTION = "WaitingForAction", MetricUnit.Count, "sessions that wait for a person or a custom tool"
     STRANDED = "Stranded", MetricUnit.Count, "unfinished items without a beat for long and without a live record"
     ORPHAN_TASKS = "OrphanTasks", MetricUnit.Count, "sandboxes that no live record names"
     SWEEPS_FAILED = "SweepsFailed", MetricUnit.Count, "parts of a janitor's round that failed or ran out of time"

@@ -3,6 +3,9 @@
 Every time of ours is epoch milliseconds; times of the API stay the server's own strings.
 """
 
+import base64
+import binascii
+import json
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, SecretStr
@@ -82,6 +85,11 @@ class Record(BaseModel):
     running_since: int | None = None
     served_since: int | None = None  # when the turn's first sandbox ran: its wall clock, kept over attempts
     interruptions: int = 0
+    # what the session's events say of this attempt (progress.py), as of the janitor's last look
+    progress_at: int | None = None
+    waits_for: str | None = None  # what only somebody outside the sandbox can give it
+    waiting_since: int | None = None
+    restart_reason: str | None = None  # the sandbox hangs: to be stopped, so that the next attempt goes on
     ticket_hashes: tuple[str, ...] = ()
     ticket_nonce_hash: str | None = None
     ticket_used_at: int | None = None
@@ -105,6 +113,16 @@ class Record(BaseModel):
     @property
     def is_live(self) -> bool:
         return self.phase is not Phase.STOPPED
+
+    def sessions_token(self) -> SecretStr | None:
+        """The session's own credential, inside the work secret (W§10); None if it holds none."""
+        secret = self.secret.get_secret_value() if self.secret else ""
+        try:
+            payload = json.loads(base64.urlsafe_b64decode(secret + "=" * (-len(secret) % 4)))
+        except (binascii.Error, ValueError):
+            return None
+        token = payload.get("sessions_token") if isinstance(payload, dict) else None
+        return SecretStr(token) if isinstance(token, str) and token else None
 
     def noted(self, now: int, event: str, **changes: object) -> "Record":
         """A copy with the changes and one more line in the timeline (its middle is cut when too long)."""

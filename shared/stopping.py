@@ -71,6 +71,9 @@ class Stopper:
         if record.phase is Phase.LAUNCHING and now >= (record.launch_until or now):
             self._stop_stalled_launch(record)
             return False
+        if record.phase is Phase.RUNNING and record.restart_reason and record.task_arn:
+            self._look_or_stop(record, record.task_arn, record.restart_reason)
+            return False
         if record.phase is not Phase.STOPPING:
             return False
         if lifecycle.stops_before_death(record):

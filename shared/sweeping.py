@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from shared import lifecycle
+from shared import lifecycle, progress
 from shared.claiming import Claimer
 from shared.config import SHARD, Config, Missing
 from shared.log import log
@@ -17,7 +17,7 @@ from shared.observing import Observer
 from shared.record import LiveEntry, Phase, Record
 from shared.sandboxes import Sandboxes
 from shared.store import Conflict, Store
-from shared.work_api import NO_HEARTBEAT, Gone, LeaseLost, NotAllowed, Work, WorkApi, WorkApiError
+from shared.work_api import NO_HEARTBEAT, Gone, LeaseLost, NotAllowed, Refused, Work, WorkApi, WorkApiError
 
 MOST_MARKS = 1_000  # the item that keeps them must stay well under 400 kB
 STOPS_A_ROUND = 5
@@ -47,6 +47,11 @@ class Marks:
     def keep(self, kind: str) -> None:
         """A part that could not look at everything has not seen that its marks are gone."""
         self._seen = {what: at for what, at in self._before.items() if what.startswith(kind)} | self._seen
+
+    def is_new(self, what: str) -> bool:
+        """Mark it; whether the round before did not."""
+        self._seen[what] = self._before.get(what, 0)
+        return what not in self._before
 
     def to_store(self) -> dict[str, int]:
         return dict(list(self._seen.items())[:MOST_MARKS])
@@ -78,6 +83,8 @@ class Janitor:
             marks.keep("task ")
         self._part("repair", lambda: self._repair(entries, until), until)
         self._part("stats", self._publish_stats, until)
+        if not self._part("progress", lambda: self._watch_progress(entries, marks, until), until):
+            marks.keep("unread ")
         if not self._part("items", lambda: self._find_strands(marks, until), until):
             marks.keep("item ")
         self.store.save_marks(marks.to_store())
@@ -173,6 +180,59 @@ class Janitor:
         gone = {"lastStatus": "STOPPED", "stoppedReason": "the task is no longer known to ECS"}
         named = {"taskArn": arn, "startedBy": record.started_by, "version": record.event_version + 1}
         self.observer.observe(gone | named)
+
+    # --- progress ---------------------------------------------------------------------------------------------
+
+    def _watch_progress(self, entries: list[LiveEntry], marks: Marks, until: int) -> None:
+        """A heartbeat is not progress (FIELD_NOTES 3, 4, 26): the session's own events say whether a sandbox hangs."""
+        oldest, waiting = 0, 0
+
+        def look(entry: LiveEntry) -> None:
+            nonlocal oldest, waiting
+            record = self.store.get(entry.work_id)
+            if record is None or record.phase is not Phase.RUNNING:
+                return
+            if record.restart_reason:  # its stopper may have died
+                self.wake_stopper(record.work_id)
+            found = self._progress_of(record, marks)
+            if found is None:
+                return
+            now = self.now()
+            oldest = max(oldest, progress.silent_ms(record, found, now))
+            waiting += found.waits_for is not None
+            after = progress.after_look(record, found, now, self.config.stall_timeout_seconds * 1000)
+            if after is None:
+                return
+            saved = self.store.save(after)
+            if saved.restart_reason:
+                log.error("a sandbox hangs", work_id=saved.work_id, turn=saved.turn, reason=saved.restart_reason)
+                self.wake_stopper(saved.work_id)
+
+        try:
+            self._each([entry for entry in entries if entry.phase is Phase.RUNNING], look, until)
+        finally:
+            emit(Metric.OLDEST_PROGRESS_AGE, oldest / 1000)
+            emit(Metric.WAITING_FOR_ACTION, waiting)
+
+    def _progress_of(self, record: Record, marks: Marks) -> progress.Progress | None:
+        """None: not known. The session's token may have run out (W§16); the key may read any session (W§8)."""
+        if record.session_id is None:
+            return None
+        token = record.sessions_token()
+        try:
+            try:
+                page = self.api.newest_events(record.session_id, token=token)
+            except NotAllowed:
+                if token is None:
+                    raise
+                page = self.api.newest_events(record.session_id)
+            found = progress.read_progress(page)
+            problem = "its events do not tell"
+        except (NotAllowed, Gone, Refused) as error:
+            found, problem = None, error.message
+        if found is None and marks.is_new(f"unread {record.started_by}"):
+            log.warning("a session's progress is not known", work_id=record.work_id, error=problem)
+        return found
 
     # --- tasks ------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The Work API's client: its eight calls, replies as models, errors named for callers; no rules of ours.
+"""The Work API's client: its eight calls and a session's events, replies as models, errors named for callers; no rules.
 
 Which call to make and what follows from a reply is decided in `lifecycle`.
 Facts and section numbers (W§n) are WORK_API.md's.
@@ -111,6 +111,33 @@ class WorkPage(_Reply):
     next_page: str | None = None
 
 
+class StopReason(_Reply):
+    """Why a session is idle; `event_ids` are the calls that a `requires_action` waits for (W§11.2)."""
+
+    type: str
+    event_ids: Annotated[tuple[str, ...], BeforeValidator(lambda value: () if value is None else value)] = ()
+
+
+class SessionEvent(_Reply):
+    """What is kept of an event of a session (W§11.2): never what was said, asked or answered."""
+
+    model_config = ConfigDict(extra="ignore")
+    type: str
+    id: str | None = None
+    processed_at: str | None = None
+    stop_reason: StopReason | None = None
+    evaluated_permission: str | None = None
+    tool_use_id: str | None = None
+    custom_tool_use_id: str | None = None
+
+
+class EventPage(_Reply):
+    """One page of a session's events; `next_page` is None on the last."""
+
+    data: tuple[SessionEvent, ...]
+    next_page: str | None = None
+
+
 class WorkApiError(Exception):
     """A call that did not succeed. The message says what was tried, what came back and what to do."""
 
@@ -202,8 +229,9 @@ _UNREADABLE = object()
 
 
 class WorkApi:
-    """The eight calls (W§1) for one environment. Build one, share it: `max_connections` threads may use it.
+    """The eight calls (W§1) for one environment, and its sessions' events.
 
+    Build one, share it: `max_connections` threads may use it.
     `key` is asked at every call, so a rotated key takes effect at once. poll, ack, heartbeat and stop make
     exactly one attempt (DESIGN §7); the reads and update try `_READ_TRIES` times on TryAgain.
     Every call raises WorkApiError; an argument that no server would take raises ValueError.
@@ -222,7 +250,8 @@ class WorkApi:
         now: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._root = f"{_checked_base_url(base_url)}/v1/environments/{_segment(environment_id)}/work"
+        base = f"{_checked_base_url(base_url)}/v1"
+        self._root, self._sessions = f"{base}/environments/{_segment(environment_id)}/work", f"{base}/sessions"
         if worker_id is not None and not _fits_header(worker_id):
             raise ValueError("worker_id must be printable ASCII: it is sent as a header")
         self._key, self._worker_id, self._sleep = key, worker_id, sleep
@@ -347,26 +376,43 @@ class WorkApi:
         """Read the queue's counters (W§9)."""
         return self._retrying(lambda: self._read(Stats, self._send("GET", "/stats", "stats"), "stats"))
 
+    def newest_events(self, session_id: str, *, token: SecretStr | None = None) -> EventPage:
+        """The session's last events, at most 50; with its own token, else with the key (W§8).
+
+        `order` is the official SDK's. A server that does not know it may answer the oldest: progress.py tells.
+        """
+        what, url = f"events of {session_id}", f"{self._sessions}/{_segment(session_id)}/events"
+
+        def read() -> EventPage:
+            params: dict[str, str | int | None] = {"limit": 50, "order": "desc"}
+            return self._read(EventPage, self._send("GET", url, what, params=params, credential=token), what)
+
+        return self._retrying(read)
+
     def _send(
         self,
         method: str,
         path: str,
         what: str,
         *,
+        credential: SecretStr | None = None,
         params: Mapping[str, str | int | None] | None = None,
         json: Any = None,
         headers: Mapping[str, str] | None = None,
         timeout_seconds: float = _CALL_SECONDS,
         on_conflict: type[WorkApiError] = Refused,
     ) -> httpx.Response:
-        """One HTTP attempt; returns a 2xx reply. The timeout bounds each wait: to connect, for bytes."""
-        key = self._key().get_secret_value().strip()
+        """One HTTP attempt; returns a 2xx reply. The timeout bounds each wait: to connect, for bytes.
+
+        `path` is below the environment's work, or a URL of its own; `credential` replaces the environment key.
+        """
+        key = (credential or self._key()).get_secret_value().strip()
         if not _fits_header(key):
             raise NotAllowed(f"{what} was not sent: the key is empty or not printable ASCII")
         try:
             reply = self._http.request(
                 method,
-                self._root + path,
+                path if path.startswith(self._sessions) else self._root + path,
                 params={name: value for name, value in (params or {}).items() if value is not None},
                 json=json,
                 headers={"Authorization": f"Bearer {key}", **(headers or {})},

@@ -318,7 +318,11 @@ class Emulator:
     async def _events(self, request: Request) -> Response:
         session, _ = self._reach_session(request)
         limit = integer_in(request, "limit", MOST_EVENTS, 1, MOST_EVENTS)
-        return json_reply(session.page(limit or MOST_EVENTS, request.query_params.get("page")))
+        return json_reply(
+            session.page(
+                limit or MOST_EVENTS, request.query_params.get("page"), request.query_params.get("order", "asc")
+            )
+        )
 
     async def _post_events(self, request: Request) -> Response:
         session, caller = self._reach_session(request)

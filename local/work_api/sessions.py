@@ -1,6 +1,7 @@
 """Sessions with a scripted agent: history, live streams, and the checks of tool results; no HTTP, no queue.
 
-A script is a list of {"tool", "input", "expect"?}: tool calls in order, and the text a result must contain.
+A script is a list of {"tool", "input", "expect"?, "permission"?}: tool calls in order, the text a result must contain,
+and "ask" for a call that waits for a person's confirmation (W§11.2). A denied call is passed over.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ class Step(_StepInput, total=False):
     """One tool call of a script."""
 
     expect: str
+    permission: str
 
 
 def read_script(value: Any) -> list[Step]:
@@ -31,16 +33,20 @@ def read_script(value: Any) -> list[Step]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise Refusal(400, 'script must be a list of {"tool", "input", "expect"?}.')
+        raise Refusal(400, 'script must be a list of {"tool", "input", "expect"?, "permission"?}.')
     steps: list[Step] = []
     for given in value:
         if not isinstance(given, dict) or not isinstance(given.get("tool"), str):
-            raise Refusal(400, 'A script\'s step must be {"tool", "input", "expect"?}.')
+            raise Refusal(400, 'A script\'s step must be {"tool", "input", "expect"?, "permission"?}.')
         if not isinstance(given.get("input"), dict) or not isinstance(given.get("expect", ""), str):
             raise Refusal(400, "A step's input must be an object and its expect a string.")
+        if given.get("permission", "allow") not in ("allow", "ask"):
+            raise Refusal(400, "A step's permission must be allow or ask.")
         step = Step(tool=given["tool"], input=given["input"])
         if "expect" in given:
             step["expect"] = given["expect"]
+        if "permission" in given:
+            step["permission"] = given["permission"]
         steps.append(step)
     return steps
 
@@ -102,8 +108,10 @@ class Session:
             },
         }
 
-    def page(self, limit: int, page: str | None) -> dict[str, Any]:
-        """History, oldest first; the cursor is the number of events already seen."""
+    def page(self, limit: int, page: str | None, order: str = "asc") -> dict[str, Any]:
+        """History, oldest first, or newest first with "desc"; the cursor is the number of events already seen."""
+        if order not in ("asc", "desc"):
+            raise Refusal(400, "order must be asc or desc.")
         if limit < 1:
             raise Refusal(400, "limit must be at least 1.")
         if page is not None and not (page.isascii() and page.isdecimal()):
@@ -111,7 +119,7 @@ class Session:
         start = int(page or 0)
         end = start + limit
         return {
-            "data": self.events[start:end],
+            "data": (self.events if order == "asc" else self.events[::-1])[start:end],
             "next_page": str(end) if end < len(self.events) else None,
         }
 
@@ -138,6 +146,13 @@ class Session:
 
     def post(self, event: Event) -> Event:
         """An event from outside that is no message. Raises Refusal 400 for a malformed tool result."""
+        if event.get("type") == "user.tool_confirmation" and event.get("result") == "deny":
+            kept = self._emit(event)
+            if self._asked and event.get("tool_use_id") == self._asked[0]:
+                self._asked = None
+                self._set_status("running")
+                self._ask_next()
+            return kept
         if event.get("type") != "user.tool_result":
             return self._emit(event)
         used, content = event.get("tool_use_id"), event.get("content") or []
@@ -188,7 +203,7 @@ class Session:
                     "type": "agent.tool_use",
                     "name": step["tool"],
                     "input": step["input"],
-                    "evaluated_permission": "allow",
+                    "evaluated_permission": step.get("permission", "allow"),
                 }
             )
             self._asked = (call["id"], step)

@@ -21,7 +21,7 @@ from shared.stopping import Stopper
 from shared.store import MemoryStore
 from shared.sweeping import Janitor
 from shared.ticketing import TicketRefused, TicketRequest, Tickets, TurnEnded
-from shared.work_api import NO_HEARTBEAT, Unanswered, WorkApi
+from shared.work_api import NO_HEARTBEAT, EventPage, NotAllowed, Unanswered, WorkApi
 from tests.contract.conftest import RunningEmulator
 
 SCRIPT = [{"tool": "bash", "input": {"command": "echo hi"}, "expect": "hi"}]
@@ -141,8 +141,17 @@ class Plane:
         self.time += int(seconds * 1000)
         self.emulator.control("POST", "clock", {"advance_seconds": seconds})
 
-    def queue_session(self) -> str:
-        return str(self.emulator.control("POST", "sessions", {"script": SCRIPT})["sessions"][0]["work_id"])
+    def sweep(self) -> None:
+        self.janitor.sweep(self.time + 120_000)
+
+    def keep_for(self, seconds: int) -> None:
+        """Time passes and the lease is kept."""
+        for _ in range(0, seconds, 20):
+            self.pass_seconds(20)
+            self.beat()
+
+    def queue_session(self, script: list[dict[str, Any]] = SCRIPT) -> str:
+        return str(self.emulator.control("POST", "sessions", {"script": script})["sessions"][0]["work_id"])
 
     def poll(self, owner: str = "poller-1") -> int:
         return self.claimer.run(owner, self.time + 90_000)
@@ -158,8 +167,8 @@ class Plane:
         assert record is not None
         return record
 
-    def run_to_running(self) -> tuple[str, str]:
-        work_id = self.queue_session()
+    def run_to_running(self, script: list[dict[str, Any]] = SCRIPT) -> tuple[str, str]:
+        work_id = self.queue_session(script)
         assert self.poll() == 1
         self.launcher.launch(self.queue.sent[-1])
         arn = self.record(work_id).task_arn
@@ -710,3 +719,120 @@ def test_a_turn_whose_every_event_was_lost_is_seen_through_by_the_janitor(plane:
     assert plane.woken == [work_id]
     assert plane.stop() == 1
     assert plane.record(work_id).outcome is Outcome.COMPLETED
+
+
+STALL = CONFIG.model_copy(update={"stall_timeout_seconds": 300, "lease_ttl_seconds": 300})
+ASKING = [{**SCRIPT[0], "permission": "ask"}]
+
+
+def test_a_sandbox_that_hangs_is_stopped_and_the_next_attempt_goes_on(plane: Plane) -> None:
+    """FIELD_NOTES 3, 26: the lease is beaten all the while; only the session's events show the silence."""
+    work_id, arn = plane.run_to_running()
+    plane.janitor.config = STALL
+    plane.sweep()
+    assert plane.record(work_id).progress_at is not None
+    plane.keep_for(400)
+    assert plane.record(work_id).restart_reason is None
+    plane.sweep()
+    assert work_id in plane.woken
+    plane.stop()
+    assert plane.ecs.tasks[arn]["desiredStatus"] == "STOPPED"
+    assert plane.record(work_id).attempt == 1  # not before the container is dead
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 137))
+    record = plane.record(work_id)
+    assert (record.phase, record.attempt, record.restart_reason) == (Phase.HELD, 2, None)
+    assert "attempt 1 ended (no progress for 6 min); relaunching" in [moment.event for moment in record.timeline]
+    plane.launcher.launch(plane.queue.sent[-1])
+    assert plane.record(work_id).phase is Phase.LAUNCHING
+    assert plane.api_state(work_id) == "active"
+    assert not plane.stops()
+
+
+def test_a_session_that_hangs_in_every_attempt_ends_as_timed_out(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    plane.janitor.config = STALL
+    for _ in range(CONFIG.max_attempts):
+        arn = plane.record(work_id).task_arn or ""
+        plane.keep_for(400)
+        plane.sweep()
+        plane.stop()
+        plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 137))
+        if plane.record(work_id).phase is Phase.HELD:
+            plane.launcher.launch(plane.queue.sent[-1])
+            plane.observer.observe(plane.ecs.becomes(plane.record(work_id).task_arn or "", "RUNNING"))
+    plane.stop()
+    record = plane.record(work_id)
+    assert (record.outcome, record.reason) == (Outcome.TIMED_OUT, "attempt 2 failed: no progress for 6 min")
+    assert plane.api_state(work_id) == "stopped"
+
+
+def test_a_session_that_waits_for_a_confirmation_is_shown_and_not_stopped(plane: Plane) -> None:
+    """FIELD_NOTES 4."""
+    plane.time = time.time_ns() // 1_000_000  # the emulator's clock: the age of its events is what counts here
+    work_id, arn = plane.run_to_running(ASKING)
+    plane.janitor.config = STALL
+    plane.keep_for(700)
+    plane.sweep()
+    record = plane.record(work_id)
+    assert record.waits_for == "a tool's confirmation"
+    assert record.waiting_since is not None
+    assert record.restart_reason is None
+    plane.stop()
+    assert "desiredStatus" not in plane.ecs.tasks[arn]
+    session = f"{plane.emulator.base_url}/v1/sessions/{record.session_id}/events"
+    headers = {
+        "authorization": f"Bearer {plane.emulator.org_key}",
+        "anthropic-version": "2026-10-21",
+        "anthropic-beta": "managed-agents-2026-04-01",
+    }
+    call = next(e for e in httpx.get(session, headers=headers).json()["data"] if e["type"] == "agent.tool_use")
+    confirmed = {"type": "user.tool_confirmation", "tool_use_id": call["id"], "result": "allow"}
+    httpx.post(session, headers=headers, json={"events": [confirmed]}).raise_for_status()
+    plane.sweep()
+    assert plane.record(work_id).waits_for is None  # now it is the sandbox's, and its time begins
+    assert plane.record(work_id).restart_reason is None
+    plane.keep_for(400)
+    plane.sweep()
+    assert plane.record(work_id).restart_reason
+
+
+def test_progress_is_read_with_the_session_s_own_token_and_with_the_key_once_that_has_ended(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plane.emulator.control("POST", "switches", {"credential_lifetime": "hour"})
+    work_id, _ = plane.run_to_running()
+    answered: list[str] = []
+    read = plane.api.newest_events
+
+    def reading(session_id: str, *, token: SecretStr | None = None) -> EventPage:
+        page = read(session_id, token=token)
+        answered.append("own token" if token else "key")
+        return page
+
+    monkeypatch.setattr(plane.api, "newest_events", reading)
+    plane.sweep()
+    assert answered == ["own token"]
+    plane.keep_for(3_700)
+    plane.sweep()
+    assert answered == ["own token", "key"]
+    assert plane.record(work_id).restart_reason == "no progress for 61 min"
+
+
+def test_a_session_whose_events_may_not_be_read_is_left_alone_and_named_once(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work_id, _ = plane.run_to_running()
+    before = plane.record(work_id)
+    told: list[str] = []
+    monkeypatch.setattr("shared.sweeping.log.warning", lambda message, **_: told.append(message))
+
+    def refused(*_: object, **__: object) -> None:
+        raise NotAllowed("403")
+
+    monkeypatch.setattr(plane.api, "newest_events", refused)
+    plane.janitor.config = STALL
+    for _ in range(3):
+        plane.keep_for(400)
+        plane.sweep()
+    assert told.count("a session's progress is not known") == 1
+    assert plane.record(work_id) == before

@@ -1,5 +1,6 @@
 """The whole fleet in one process: the real shared/ and handlers between simulated far sides, users and sandboxes."""
 
+import base64
 import importlib.util
 import json
 import logging
@@ -74,8 +75,13 @@ CONFIG = Config(
     max_attempts=3,
     start_timeout_seconds=180,
     session_timeout_seconds=3_600,
+    stall_timeout_seconds=600,
     stop_timeout_seconds=30,
 )
+
+
+SECRET_START = base64.urlsafe_b64encode(b'{"sessions_token').decode()[:16]
+HUNG_FOR_MS = 2_000_000  # a stall's time-out and three rounds, two of which go wrong: long before the wall clock
 
 
 class Violation(Exception):
@@ -90,6 +96,7 @@ class Session:
     pending: int = 0
     served: int = 0
     foreign: bool = False  # another worker or a user's stop touched it: its messages may end there
+    events: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -139,11 +146,13 @@ class Fleet:
         session = self.sessions[work_id] = Session(work_id)
         self.queue.enqueue(work_id)
         session.pending += 1
+        self._say(session)
         self.machine.note("user", f"new session {work_id}")
         return session
 
     def message(self, session: Session) -> None:
         session.pending += 1
+        self._say(session)
         queued = self.queue.message_arrived(session.work_id)
         self.machine.note("user", f"message to {session.work_id}{': queued again' if queued else ''}")
 
@@ -222,13 +231,21 @@ class Fleet:
                 task.code, task.reason = "SpotInterruption", "Your Spot Task was interrupted."
                 task.told_to_stop, task.desired = True, "STOPPED"
                 continue
-            if self.faults.happens(machine, 0.001, "sandbox hangs"):
+            if session.pending and self.faults.happens(machine, 0.001, "sandbox hangs"):
+                self._ask_tool(session, "allow")
+                machine.later(HUNG_FOR_MS, lambda: self._check_hung(task))
                 machine.sleep(10_000_000)
             machine.sleep(1_000)
+            if session.pending and self.faults.happens(machine, 0.002, "a person is slow to confirm"):
+                self._wait_for_a_person(task, session)
             if session.pending and rng.random() < 0.05:
+                self._ask_tool(session, "allow")
+                self._tell(session, "user.tool_result", "session.status_running")
                 session.pending -= 1
                 session.served += 1
                 quiet_since = machine.now
+                if not session.pending:
+                    self._tell(session, "session.status_idle", stop_reason={"type": "end_turn"})
         if rng.random() < self.slips:  # the moment that matters: a message around the stop
             machine.later(rng.randint(0, 900), lambda: self.message(session))
             machine.sleep(rng.randint(0, 500))
@@ -245,6 +262,39 @@ class Fleet:
             self._tell_end(turn, grant, unserved=True)
             return 11
         return 0
+
+    def _wait_for_a_person(self, task: Task, session: Session) -> None:
+        """Longer than any stall may last; a sandbox that waits for one is not to be taken for hung."""
+        call = self._ask_tool(session, "ask")
+        until = self.machine.now + self.machine.rng.randint(60_000, 1_500_000)
+        while self.machine.now < until and not task.told_to_stop:
+            self.machine.sleep(1_000)
+        if task.told_to_stop and "no progress" in (task.reason or ""):
+            self.violations.append(f"{task.arn} was stopped as hung while it waited for a person")
+        self._tell(session, "user.tool_confirmation", "session.status_running", tool_use_id=call)
+
+    def _ask_tool(self, session: Session, permission: str) -> str:
+        """A tool's call; the session then waits for whoever is to answer it (W§11.2)."""
+        call = f"sevt_{len(session.events)}"
+        self._tell(session, "agent.tool_use", id=call, evaluated_permission=permission)
+        waits = {"type": "requires_action", "event_ids": [call]}
+        self._tell(session, "session.status_idle", stop_reason=waits)
+        return call
+
+    def _say(self, session: Session) -> None:
+        """A message: a session that waits for an answer to a call goes on waiting."""
+        statuses = [event for event in session.events if event["type"].startswith("session.status_")]
+        waits = bool(statuses) and statuses[-1].get("stop_reason", {}).get("type") == "requires_action"
+        self._tell(session, "user.message", *([] if waits else ["session.status_running"]))
+
+    def _tell(self, session: Session, *types: str, **members: Any) -> None:
+        """Events of a session, at the server's time."""
+        at = self.queue._now().isoformat()
+        told = [{"type": one, "id": f"sevt_{len(session.events)}", "processed_at": at, **members} for one in types]
+        session.events += told
+
+    def _events_of(self, session_id: str) -> list[dict[str, Any]]:
+        return self.sessions[session_id].events
 
     def _exchange(self, task: Task, turn: dict[str, Any]) -> dict[str, Any] | int:
         until = self.machine.now + 50_000
@@ -381,6 +431,11 @@ class Fleet:
             self.violations.append(f"{task.arn} ({task.started_by}) outlived its record")
         self.machine.later(420_000, lambda: self._check_orphan(task))
 
+    def _check_hung(self, task: Task) -> None:
+        """FIELD_NOTES 26: a sandbox that hangs is not kept until the wall clock."""
+        if task.runs:
+            self.violations.append(f"{task.arn} ({task.started_by}) hangs for {HUNG_FOR_MS // 1000} s and runs on")
+
     def _check_stop(self, who: str, work_id: str) -> None:
         item = self.queue.get(work_id)
         holder = self.queue.holder(item)
@@ -437,18 +492,22 @@ class Fleet:
         if "item stranded" in line and work_id:
             self.reported.add(work_id)
         self.machine.note(self.machine.running(), line)
-        if "SECRET" in line or "KEY-" in line or "TICKET" in line:
+        if "SECRET" in line or "KEY-" in line or "TICKET" in line or SECRET_START in line:
             self.violations.append(f"a secret was logged: {line}")
 
     # --- assembly ------------------------------------------------------------------------------------------------
 
     def _secret_of(self, work_id: str) -> str:
-        return f"SECRET-{work_id}"
+        """As the API makes them: base64url JSON without padding (W§10)."""
+        payload = json.dumps({"sessions_token": f"SECRET-{work_id}"}).encode()
+        return base64.urlsafe_b64encode(payload).rstrip(b"=").decode()
 
     def _build_api(self, skew_ms: int) -> None:
         self.queue = WatchedQueue(ENVIRONMENT, server_clock(self.machine, skew_ms))
         self.queue.lapsed = self._lapsed
-        self.transport = ApiTransport(self.outside, self.queue, "fleet", self.keys, self._secret_of, self._check_stop)
+        self.transport = ApiTransport(
+            self.outside, self.queue, "fleet", self.keys, self._secret_of, self._check_stop, self._events_of
+        )
 
     def _build_functions(self) -> None:
         machine, config, functions = self.machine, self.config, self.functions

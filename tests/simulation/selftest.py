@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 from unittest.mock import patch
 
-from shared import lifecycle
+from shared import lifecycle, progress
 from shared.claiming import Claimer
 from shared.config import SHARD
 from shared.lifecycle import BeatResult, Offer, StopWish, Verdict
@@ -21,7 +21,7 @@ from shared.loop import LeaseLoop
 from shared.record import Lease, Outcome, Phase, Record
 from shared.sandboxes import Sandboxes
 from shared.stopping import Stopper
-from shared.sweeping import Marks
+from shared.sweeping import Janitor, Marks
 from shared.ticketing import Tickets
 from shared.work_api import NotQueued, WorkApi
 from tests.simulation.fleet import APPS
@@ -214,6 +214,19 @@ def _secret_in_the_log(stack: ExitStack) -> None:
         return real(self, work_id)
 
     stack.enter_context(patch.object(WorkApi, "ack", telling))
+
+
+def _hung_sandboxes_kept(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(Janitor, "_watch_progress", lambda *_: None))
+
+
+def _a_person_s_wait_taken_for_a_stall(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(progress, "_wait_for_people", lambda *_: None))
+
+
+def _every_requires_action_taken_for_a_person_s(stack: ExitStack) -> None:
+    """But each tool call waits so for its sandbox (W§11.2)."""
+    stack.enter_context(patch.object(progress, "_wait_for_people", lambda *_: progress.ACTION))
 
 
 BROKEN: dict[str, Break] = {
