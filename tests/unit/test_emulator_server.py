@@ -1,6 +1,7 @@
 """The emulator's own edges, in process: what it refuses from outside, who may control it, what it logs."""
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -8,6 +9,8 @@ import pytest
 
 from local.work_api.replies import BETA
 from local.work_api.server import Emulator
+from local.work_api.sessions import Sessions, read_script
+from local.work_api.state import Refusal
 
 ENVIRONMENT_KEY, ORG_KEY = "sk-ant-oat01-unit", "sk-ant-api03-unit"
 HERE, ELSEWHERE = "127.0.0.1", "192.0.2.7"
@@ -101,3 +104,26 @@ def test_a_refusal_is_one_line_on_stderr_without_the_credential(capsys: pytest.C
 def test_a_poll_parameter_out_of_range_is_refused(query: str) -> None:
     [reply] = requests(("GET", f"/v1/environments/env_unit/work/poll?{query}", None))
     assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_events_come_in_the_order_that_is_asked_for() -> None:
+    path = "/v1/sessions/{session}/events"
+    oldest, newest, wrong = requests(
+        ("GET", path, None), ("GET", f"{path}?order=desc", None), ("GET", f"{path}?order=up", None)
+    )
+    assert oldest.json()["data"][0]["type"] == "user.message"
+    assert newest.json()["data"] == oldest.json()["data"][::-1]
+    assert wrong.status_code == 400
+
+
+def test_a_call_that_a_person_denies_is_passed_over() -> None:
+    sessions = Sessions("env_unit", lambda: datetime.now(UTC), lambda prefix: f"{prefix}_{next(count)}")
+    count = iter(range(100))
+    session = sessions.create()
+    session.message("go", read_script([{"tool": "bash", "input": {}, "permission": "ask"}]))
+    call = next(event for event in session.events if event["type"] == "agent.tool_use")
+    assert call["evaluated_permission"] == "ask"
+    session.post({"type": "user.tool_confirmation", "tool_use_id": call["id"], "result": "deny"})
+    assert session.turns_finished == 1
+    with pytest.raises(Refusal):
+        read_script([{"tool": "bash", "input": {}, "permission": "perhaps"}])

@@ -16,7 +16,7 @@ from shared.observing import Observer
 from shared.record import Phase, Record
 from shared.store import MemoryStore
 from shared.sweeping import Janitor
-from shared.work_api import Heartbeat, LeaseLost, NotAllowed, Stats, Unanswered, Work, WorkPage
+from shared.work_api import EventPage, Heartbeat, LeaseLost, NotAllowed, Stats, Unanswered, Work, WorkPage
 
 START = 1_800_000_000_000
 ROUND = 300_000
@@ -45,6 +45,13 @@ class Api:
     posted: list[tuple[str, str]] = field(default_factory=list)
     fault: Exception | None = None
     claimed_by_another: bool = False
+    events: dict[str, EventPage | Exception] = field(default_factory=dict)
+
+    def newest_events(self, session_id: str, *, token: SecretStr | None = None) -> EventPage:
+        found = self.events.get(session_id, EventPage(data=()))
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def list_pages(self) -> Iterator[WorkPage]:
         if self.fault:
@@ -199,7 +206,7 @@ def test_the_loop_is_started_while_anything_is_live(room: Room) -> None:
         (Phase.LAUNCHING, 600_000, True),
         (Phase.RUNNING, 14_399_000, False),
         (Phase.RUNNING, 14_400_000, True),
-        (Phase.HELD, 14_400_000, False),
+        (Phase.HELD, 14_400_000, False),  # its first launch has a deadline of its own
     ],
 )
 def test_the_stopper_is_woken_for_what_it_may_have_to_end(room: Room, phase: Phase, age: int, woken: bool) -> None:
@@ -262,6 +269,51 @@ def test_a_missing_arn_is_no_death_while_the_name_is_known(room: Room) -> None:
     for _ in range(4):
         room.sweep(after=ROUND)
     assert room.get().phase is Phase.RUNNING
+
+
+# --- progress --------------------------------------------------------------------------------------------------
+
+
+def page(status: str, ms: int, **members: Any) -> EventPage:
+    return EventPage.model_validate({"data": [{"type": status, "processed_at": at(ms), **members}]})
+
+
+def test_the_longest_silence_and_the_waits_for_people_are_gauges(room: Room) -> None:
+    """FIELD_NOTES 3, 4: neither an idle session nor one that waits for a person counts as silent."""
+    waits = {"stop_reason": {"type": "requires_action", "event_ids": ["sevt_1"]}}
+    room.api.events = {
+        "works": page("session.status_running", START + 200_000),
+        "silent": page("session.status_running", START + 100_000),
+        "waits": page("session.status_idle", START, **waits),
+        "idle": page("session.status_idle", START, stop_reason={"type": "end_turn"}),
+    }
+    for work_id in room.api.events:
+        record = room.record(Phase.RUNNING, work_id, running_since=START)
+        room.ecs.add(str(record.started_by))
+    room.sweep(after=ROUND)
+    assert room.emitted[Metric.OLDEST_PROGRESS_AGE] == 200
+    assert room.emitted[Metric.WAITING_FOR_ACTION] == 1
+
+
+def test_a_session_whose_events_fail_keeps_no_other_from_being_watched(room: Room) -> None:
+    room.api.events = {"a": Unanswered("no"), "b": page("session.status_running", START)}
+    for work_id in room.api.events:
+        record = room.record(Phase.RUNNING, work_id, running_since=START)
+        room.ecs.add(str(record.started_by))
+    room.sweep(after=3_600_000)
+    assert room.emitted[Metric.SWEEPS_FAILED] == 1
+    assert room.get("b").restart_reason == "no progress for 60 min"
+    assert room.get("a").restart_reason is None
+    assert room.woken == ["b"]
+
+
+def test_the_stopper_of_a_hung_sandbox_is_woken_until_it_has_acted(room: Room) -> None:
+    record = room.record(Phase.RUNNING, running_since=START)
+    room.ecs.add(str(record.started_by))
+    room.api.events = {"w": page("session.status_running", START)}
+    room.sweep(after=3_600_000)
+    room.sweep(after=ROUND)
+    assert room.woken == ["w", "w"]
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------

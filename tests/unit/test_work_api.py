@@ -733,3 +733,33 @@ def test_no_secret_reaches_a_log_or_the_client_repr(caplog: pytest.LogCaptureFix
     assert "/v1/environments/env_1/work/poll" in logged
     assert KEY not in logged + repr(api)
     assert SECRET not in logged
+
+
+# --- a session's events (W§11.2) --------------------------------------------------------------------------
+
+TOKEN = SecretStr("sk-ant-si-the-session-s-own-token")
+EVENTS = {"data": [{"type": "agent.tool_use", "id": "sevt_1", "input": {"command": "cat diary"}}], "next_page": None}
+
+
+def test_events_are_read_newest_first_with_the_session_s_own_token_and_without_their_contents() -> None:
+    server = Server(ok(EVENTS))
+    page = server.api().newest_events("sesn_1", token=TOKEN)
+    assert server.request.url.path == "/v1/sessions/sesn_1/events"
+    assert dict(server.request.url.params) == {"limit": "50", "order": "desc"}
+    assert server.request.headers["authorization"] == f"Bearer {TOKEN.get_secret_value()}"
+    assert page.data[0].id == "sevt_1"
+    assert "diary" not in page.model_dump_json()
+
+
+def test_events_are_read_with_the_key_where_there_is_no_token_and_tried_again() -> None:
+    server = Server(failure(503), ok(EVENTS))
+    assert server.api().newest_events("sesn_1").data
+    assert [request.headers["authorization"] for request in server.requests] == [f"Bearer {KEY}"] * 2
+
+
+def test_a_refused_token_is_not_shown() -> None:
+    server = Server(failure(403, f"no {TOKEN.get_secret_value()}"))
+    with pytest.raises(NotAllowed) as caught:
+        server.api().newest_events("sesn_1", token=TOKEN)
+    assert TOKEN.get_secret_value() not in str(caught.value)
+    assert len(server.requests) == 1
