@@ -83,10 +83,10 @@ class Janitor:
             marks.keep("task ")
         self._part("repair", lambda: self._repair(entries, until), until)
         self._part("stats", self._publish_stats, until)
-        if not self._part("progress", lambda: self._watch_progress(entries, marks, until), until):
-            marks.keep("unread ")
         if not self._part("items", lambda: self._find_strands(marks, until), until):
             marks.keep("item ")
+        if not self._part("progress", lambda: self._watch_progress(entries, marks, until), until):
+            marks.keep("unread ")
         self.store.save_marks(marks.to_store())
 
     def _part(self, name: str, part: Callable[[], None], until: int) -> bool:

@@ -9,8 +9,10 @@ from typing import Any
 import httpx
 import pytest
 from anthropic import APIStatusError, AsyncAnthropic, ConflictError, NotFoundError, PermissionDeniedError
+from pydantic import SecretStr
 
 from local.work_api.state import NO_HEARTBEAT
+from shared.work_api import WorkApi
 from tests.contract.conftest import RunningEmulator
 
 WAIT_SECONDS = 60.0
@@ -335,3 +337,19 @@ def test_an_open_stream_does_not_hold_up_the_end(kept_open: contextlib.ExitStack
     client = kept_open.enter_context(httpx.Client(timeout=WAIT_SECONDS))
     reply = kept_open.enter_context(client.stream("GET", url, headers=headers))
     assert next(reply.iter_lines()) == ": open"
+
+
+def test_the_sdk_s_own_order_gives_what_the_progress_watch_reads(emulator: RunningEmulator) -> None:
+    """`order` is no part of WORK_API.md: the official SDK is its source."""
+    session_id = new_session(emulator, bash("echo hi", "hi"))
+
+    async def body(client: AsyncAnthropic) -> None:
+        newest = await client.beta.sessions.events.list(session_id, order="desc", limit=50)
+        key = SecretStr(emulator.environment_key)
+        api = WorkApi(emulator.url, emulator.environment_id, lambda: key)
+        ours = api.newest_events(session_id)
+        assert [event.id for event in ours.data] == [event.id for event in newest.data]
+        assert ours.data[0].stop_reason is not None
+        assert ours.data[0].stop_reason.event_ids == (ours.data[1].id,)
+
+    run(emulator, body)
