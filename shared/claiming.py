@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from shared import lifecycle
+from shared import breaker, lifecycle
 from shared.config import SHARD, Config
 from shared.lifecycle import Offer, Verdict
 from shared.log import log
 from shared.loop import LeaseLoop
 from shared.metrics import Metric, emit
-from shared.record import Lease, LiveEntry, Outcome, Phase, Record
+from shared.record import Breaker, Lease, LiveEntry, Outcome, Phase, Record
 from shared.store import Conflict, Store, change
 from shared.stored_key import StoredKey
 from shared.work_api import (
@@ -73,10 +73,30 @@ class Claimer:
         if entries:
             self.loop.ensure(SHARD)
         repaired = self.repair_stuck(entries, owner, until)
+        gate = self.store.breaker()
+        self._probe(gate, entries)
+        if gate.paused:
+            log.info("paused by hand: nothing new is claimed", live=len(entries), drained=not entries)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            slots = _Slots(max(0, self.config.max_sessions - len(entries)))
+            slots = _Slots(breaker.slots(gate, entries, max(0, self.config.max_sessions - len(entries))))
             end = self.now() + self.config.poll_window_seconds * 1000
             return repaired + self._poll_until(pool, slots, owner, min(end, until - _TAKES_MS), until)
+
+    def _probe(self, gate: Breaker, entries: list[LiveEntry]) -> None:
+        """While the circuit breaker is open, the one launch a minute that shows whether its cause is mended."""
+        if gate.opened_at is not None:
+            emit(Metric.BREAKER_OPEN)
+            log.warning("circuit breaker open: work waits in the server's queue", reason=gate.reason)
+        entry = breaker.next_probe(gate, entries, self.now())
+        record = self.store.get(entry.work_id) if entry else None
+        if record is None or record.phase is not Phase.HELD:
+            return
+        try:
+            self.store.save_breaker(breaker.probing(gate, record, self.now()))
+        except Conflict:
+            return  # another run probes, or it was closed meanwhile
+        self.queue.send(record)
+        log.info("probing whether launches work again", work_id=record.work_id, turn=record.turn)
 
     def _poll_until(self, pool: ThreadPoolExecutor, slots: "_Slots", owner: str, end: int, until: int) -> int:
         """One long poll at a time while idle; many at once from the first item to the first empty answer."""
@@ -86,7 +106,7 @@ class Claimer:
         while True:
             wanted = slots.take(at_once)
             if not wanted:
-                log.info("all slots are taken; work waits in the server's queue", max=self.config.max_sessions)
+                log.info("no slot is free; work waits in the server's queue", max=self.config.max_sessions)
                 return claimed
             tries = [pool.submit(self._poll_once, block_ms, owner, until) for _ in range(wanted)]
             wait(tries)
@@ -156,8 +176,13 @@ class Claimer:
         return False
 
     def repair_stuck(self, entries: list[LiveEntry], owner: str, until: int) -> int:
-        """Repair every entry in `received` or `held` that time allows; returns how many go on. Poller and janitor."""
-        stuck = [e.work_id for e in entries if e.phase in (Phase.RECEIVED, Phase.HELD)]
+        """Repair every entry in `received` or `held` that time allows; returns how many go on. Poller and janitor.
+
+        While the circuit breaker is open, a held item waits for its probe.
+        """
+        is_open = self.store.breaker().opened_at is not None
+        phases = (Phase.RECEIVED,) if is_open else (Phase.RECEIVED, Phase.HELD)
+        stuck = [e.work_id for e in entries if e.phase in phases]
         last = until - _TAKES_MS
 
         def repair(work_id: str) -> bool:

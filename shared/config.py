@@ -35,6 +35,7 @@ class Config(BaseModel):
     lease_ttl_seconds: int = 300
     max_attempts: int = 3
     start_timeout_seconds: int = 600
+    breaker_max_hold_seconds: int = 3_600
     session_timeout_seconds: int = 14_400
     stall_timeout_seconds: int = 3_600
     stop_timeout_seconds: int = 120

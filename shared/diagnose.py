@@ -202,6 +202,12 @@ def classify_failure(reason: str) -> LaunchProblem:
     return known.problem if known else LaunchProblem.UNKNOWN
 
 
+def advice(message: str) -> str:
+    """What to do about a launch that failed for good, from the words of its error."""
+    known = _known(message)
+    return known.what_to_do if known else "Correct what the message names, in the stack's parameters or roles."
+
+
 def diagnose(task: Mapping[str, Any]) -> Diagnosis:
     """Why a STOPPED task stopped, from its description or its event's `detail`; any field may be missing."""
     stop_code = str(task.get("stopCode") or "")

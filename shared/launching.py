@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from shared import lifecycle
+from shared import breaker, lifecycle
 from shared.config import Config
-from shared.diagnose import LaunchProblem
+from shared.diagnose import LaunchProblem, advice
 from shared.lifecycle import StopWish, WorkId
 from shared.log import log
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import LaunchFailed, Sandboxes
-from shared.store import Store, change
+from shared.store import Conflict, Store, change
 
 
 class LaunchMessage(BaseModel):
@@ -42,29 +42,50 @@ class Launcher:
         """Launch, or drop a message whose moment is over. Raises PutOff; other errors are retried as well."""
         ticket = self.new_ticket()
         now = self.now()
+        gate = self.store.breaker()
         record = change(
             self.store,
             message.work_id,
-            lambda r: lifecycle.begin_launch(
-                r,
-                message.turn,
-                message.attempt,
-                ticket_hash=hash_secret(ticket),
-                now=now,
-                until=now + self.config.start_timeout_seconds * 1000,
+            lambda r: (
+                lifecycle.begin_launch(
+                    r,
+                    message.turn,
+                    message.attempt,
+                    ticket_hash=hash_secret(ticket),
+                    now=now,
+                    until=now + self.config.start_timeout_seconds * 1000,
+                )
+                if breaker.admits(gate, r)
+                else None
             ),
         )
         if record is None:
-            log.info("launch message dropped: not due", **message.model_dump())
+            log.info("launch message dropped: not due, or held back by the circuit breaker", **message.model_dump())
             return
         try:
             arn = self.sandboxes.run(record, ticket)
         except LaunchFailed as failure:
             if failure.problem is not LaunchProblem.PERMANENT:
                 raise PutOff(f"{message.work_id}: {failure}") from None
-            self._give_up(message, str(failure))
+            self._failed(record, message, f"{failure}. {advice(str(failure))}")
             return
         self._store_arn(message, arn)
+
+    def _failed(self, record: Record, message: LaunchMessage, why: str) -> None:
+        """Held back for the breaker's probe, or given up. A poller sends the next message."""
+        now = self.now()
+        breaker.failed(self.store, why, now)
+        if not breaker.keeps(self.store, self.config, record, now):
+            self._give_up(message, why)
+            return
+        # An earlier try may have started a task: the stopper proves what became of it
+        if len(record.ticket_hashes) > 1:
+            raise PutOff(f"{message.work_id}: {why}")
+        try:
+            self.store.save(lifecycle.held_back(record, now, why))
+        except Conflict:
+            raise PutOff(f"{message.work_id}: {why}") from None
+        log.error("launch failed; held back until the cause is mended", **message.model_dump(), error=why)
 
     def _give_up(self, message: LaunchMessage, why: str) -> None:
         """A retry may follow a task that did start: death is proved by the stopper, from now on."""

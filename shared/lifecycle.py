@@ -322,14 +322,30 @@ def after_running(record: Record, arn: str, version: int, now: int) -> Record | 
     if record.phase is Phase.STOPPING:
         return record.model_copy(update=changes)
     return record.noted(
-        now, "running", phase=Phase.RUNNING, running_since=now, served_since=record.served_since or now, **changes
+        now,
+        "running",
+        phase=Phase.RUNNING,
+        running_since=now,
+        served_since=record.served_since or now,
+        refused_since=None,
+        **changes,
     )
 
 
 def after_container_stopped(
-    record: Record, diagnosis: Diagnosis, exit_code: int | None, version: int, *, now: int, max_attempts: int
+    record: Record,
+    diagnosis: Diagnosis,
+    exit_code: int | None,
+    version: int,
+    *,
+    now: int,
+    max_attempts: int,
+    hold: bool = False,
 ) -> Record | None:
-    """ECS says STOPPED: finish what was wanted, or relaunch while the lease is held (DESIGN §7, "Sandbox gone")."""
+    """ECS says STOPPED: finish what was wanted, or relaunch while the lease is held (DESIGN §7, "Sandbox gone").
+
+    `hold`: a launch that no retry cures is not the turn's end yet (breaker.holds).
+    """
     if record.dead or record.phase not in (Phase.LAUNCHING, Phase.RUNNING, Phase.STOPPING):
         return None
     told = record.model_copy(update={"event_version": version, "exit_code": exit_code})
@@ -347,12 +363,14 @@ def after_container_stopped(
         wish = StopWish(f"the sandbox gave up: {HOPELESS_EXITS[exit_code]}", Outcome.FAILED, post=True)
         return _ended(told, now, wish)
     if diagnosis.kind is Kind.LAUNCH_PERMANENT:
+        if hold:
+            return held_back(told, now, diagnosis.summary)
         wish = StopWish(f"{diagnosis.summary}. {diagnosis.what_to_do}", Outcome.LAUNCH_FAILED, post=True)
         return _ended(told, now, wish)
     unstopped = exit_code == NOT_STOPPED or record.phase is Phase.STOPPING
     why = "its item could not be stopped" if unstopped else record.restart_reason or diagnosis.summary
     interrupted = diagnosis.kind is Kind.INTERRUPTED
-    if not interrupted and record.attempt - record.interruptions >= max_attempts:
+    if not interrupted and record.attempt - record.interruptions - record.refused >= max_attempts:
         outcome = Outcome.TIMED_OUT if record.restart_reason else Outcome.FAILED
         wish = StopWish(f"attempt {record.attempt} failed: {why}", outcome, post=True)
         return _ended(told.model_copy(update={"phase": Phase.RUNNING}), now, wish)
@@ -362,6 +380,12 @@ def after_container_stopped(
 def _ended(record: Record, now: int, wish: StopWish) -> Record:
     stopping = want_stop(record, wish, now)
     return stopping.model_copy(update={"dead": True})
+
+
+def held_back(record: Record, now: int, why: str) -> Record:
+    """`held` again, as another attempt that does not count: nothing of this one runs, none can before it is mended."""
+    refused = {"refused": record.refused + 1, "refused_since": record.refused_since or now}
+    return _next_attempt(record, now, why, interrupted=False).model_copy(update=refused)
 
 
 def _next_attempt(record: Record, now: int, why: str, *, interrupted: bool) -> Record:

@@ -39,6 +39,7 @@ class Metric(Enum):
     LAUNCHES_FAILED = "LaunchesFailed", MetricUnit.Count, "turns that ended because no sandbox could be started"
     UNSERVED = "Unserved", MetricUnit.Count, "turns that ended with a message that nobody served"
     SHORT_SANDBOXES = "ShortSandboxes", MetricUnit.Count, "sandboxes that ended well within 10 s: did they do anything?"
+    BREAKER_OPEN = "BreakerOpen", MetricUnit.Count, "poller runs while the circuit breaker was open"
     KEY_REFUSED = "KeyRefused", MetricUnit.Count, "calls that the API answered 401 or 403"
     MOST_ITEMS_GONE = "MostItemsGone", MetricUnit.Count, "rounds in which most beats were answered 404"
 

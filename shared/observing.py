@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from shared import lifecycle
+from shared import breaker, lifecycle
 from shared.claiming import LaunchQueue
 from shared.config import Config
-from shared.diagnose import diagnose
+from shared.diagnose import Kind, diagnose
 from shared.log import log
 from shared.metrics import Metric, emit
 from shared.record import Phase, Record
@@ -54,20 +54,25 @@ class Observer:
             return
         work_id, turn, attempt = name
         arn, status, version = state.taskArn, state.lastStatus, state.version or 0
+        diagnosis, exit_code = diagnose(detail), exit_code_of(detail)
+        refused = status == "STOPPED" and diagnosis.kind is Kind.LAUNCH_PERMANENT
 
         def decide(record: Record) -> Record | None:
             if not lifecycle.is_current(record, turn, attempt) or version <= record.event_version:
                 return None
+            if status == "RUNNING" or (status == "STOPPED" and exit_code is not None and not refused):
+                breaker.ran(self.store)
             if status == "RUNNING":
                 return lifecycle.after_running(record, arn, version, self.now())
             if status == "STOPPED":
                 return lifecycle.after_container_stopped(
                     record.model_copy(update={"task_arn": arn}),
-                    diagnose(detail),
-                    exit_code_of(detail),
+                    diagnosis,
+                    exit_code,
                     version,
                     now=self.now(),
                     max_attempts=self.config.max_attempts,
+                    hold=refused and breaker.keeps(self.store, self.config, record, self.now()),
                 )
             return None
 
@@ -75,6 +80,8 @@ class Observer:
         if changed is None:
             return
         log.info("task state", work_id=work_id, turn=turn, attempt=attempt, status=status, phase=changed.phase)
+        if refused:
+            breaker.failed(self.store, f"{diagnosis.summary}. {diagnosis.what_to_do}", self.now())
         if status == "STOPPED" and lifecycle.ended_too_soon(changed, self.now()):
             emit(Metric.SHORT_SANDBOXES)
         if changed.phase is Phase.HELD:

@@ -90,6 +90,8 @@ class Record(BaseModel):
     waits_for: str | None = None  # what only somebody outside the sandbox can give it
     waiting_since: int | None = None
     restart_reason: str | None = None  # the sandbox hangs: to be stopped, so that the next attempt goes on
+    refused: int = 0  # attempts that no container of was started, for a reason that someone must mend; not counted
+    refused_since: int | None = None  # the first of them since a sandbox last ran
     ticket_hashes: tuple[str, ...] = ()
     ticket_nonce_hash: str | None = None
     ticket_used_at: int | None = None
@@ -147,6 +149,19 @@ class Lease(BaseModel):
     def deadline(self, margin_ms: int) -> int:
         """When we must take the lease as lost if nothing more is accepted (DESIGN §7)."""
         return self.accepted_sent_at + self.ttl_seconds * 1000 - margin_ms
+
+
+class Breaker(BaseModel):
+    """The circuit breaker (breaker.py): one for the stack. `paused` is set by hand alone (docs/operations.md)."""
+
+    model_config = ConfigDict(frozen=True)
+    failures: int = 0  # launches in a row that failed for a reason that no retry cures
+    opened_at: int | None = None  # set while open
+    reason: str = ""
+    probe: str | None = None  # `startedBy` of the one attempt that may be launched while open
+    probe_at: int = 0
+    paused: bool = False
+    revision: int = 0
 
 
 class LiveEntry(BaseModel):

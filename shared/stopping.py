@@ -5,10 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from shared import lifecycle
+from shared import breaker, lifecycle
 from shared.claiming import LaunchQueue
 from shared.config import Config
-from shared.diagnose import diagnose
+from shared.diagnose import Kind, diagnose
 from shared.keeping import Keeper
 from shared.log import log
 from shared.metrics import Metric, emit
@@ -90,8 +90,11 @@ class Stopper:
         arn = record.task_arn or self._found(record)
         if arn is not None:
             self._look_or_stop(record, arn, "not running before the start deadline")
-        elif lifecycle.may_be_taken_as_dead(record, self.now()):
-            self.store.save(lifecycle.never_launched(record, self.now()))
+        elif lifecycle.may_be_taken_as_dead(record, now := self.now()):
+            if breaker.suspends(self.store.breaker(), record, now, self.config.breaker_max_hold_seconds):
+                self.store.save(lifecycle.held_back(record, now, "no task was started"))
+            else:
+                self.store.save(lifecycle.never_launched(record, now))
 
     def _kill(self, record: Record) -> Record | None:
         """StopTask, then proof of death: STOPPED, or nothing found two rounds past `launch_until`."""
@@ -116,15 +119,22 @@ class Stopper:
                 noted = record.noted(self.now(), "StopTask sent", stop_task_sent_at=self.now(), task_arn=arn)
                 return self.store.save(noted)
             return None
+        diagnosis, exit_code = diagnose(task), exit_code_of(task)
+        refused = diagnosis.kind is Kind.LAUNCH_PERMANENT
+        if exit_code is not None and not refused:
+            breaker.ran(self.store)
         after = lifecycle.after_container_stopped(
             record,
-            diagnose(task),
-            exit_code_of(task),
+            diagnosis,
+            exit_code,
             _NEWEST,
             now=self.now(),
             max_attempts=self.config.max_attempts,
+            hold=refused and breaker.keeps(self.store, self.config, record, self.now()),
         )
         saved = self.store.save(after) if after else None
+        if saved and refused:
+            breaker.failed(self.store, f"{diagnosis.summary}. {diagnosis.what_to_do}", self.now())
         if saved and saved.phase is Phase.HELD:
             self.queue.send(saved)
         return saved

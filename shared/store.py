@@ -12,7 +12,7 @@ from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
 from botocore.exceptions import ClientError
 from pydantic import SecretStr
 
-from shared.record import Lease, LiveEntry, Record
+from shared.record import Breaker, Lease, LiveEntry, Record
 
 if TYPE_CHECKING:
     from types_boto3_dynamodb import DynamoDBClient
@@ -54,6 +54,12 @@ class Store(Protocol):
     def save_marks(self, marks: dict[str, int]) -> None:
         """Written over whole. A lost write only means that something is looked at once more."""
 
+    def breaker(self) -> Breaker:
+        """The circuit breaker, read consistently."""
+
+    def save_breaker(self, breaker: Breaker) -> Breaker:
+        """Write over the revision that was read; returns it with its new revision. Raises Conflict."""
+
 
 def change(store: Store, work_id: str, decide: Callable[[Record], Record | None]) -> Record | None:
     """Apply a pure decision to the newest record; None if there is no record or nothing to do.
@@ -70,6 +76,19 @@ def change(store: Store, work_id: str, decide: Callable[[Record], Record | None]
         except Conflict:
             continue
     raise Conflict(f"record {work_id} kept changing under {_CHANGE_TRIES} tries; the next round decides")
+
+
+def change_breaker(store: Store, decide: Callable[[Breaker], Breaker | None]) -> Breaker | None:
+    """As `change`, of the circuit breaker."""
+    for _ in range(_CHANGE_TRIES):
+        changed = decide(store.breaker())
+        if changed is None:
+            return None
+        try:
+            return store.save_breaker(changed)
+        except Conflict:
+            continue
+    raise Conflict(f"the breaker kept changing under {_CHANGE_TRIES} tries; the next launch decides")
 
 
 class DynamoStore:
@@ -149,6 +168,17 @@ class DynamoStore:
         item = {"pk": "janitor", "sk": "marks", "seen": marks}
         self._client.put_item(TableName=self._table, Item={name: self._out(value) for name, value in item.items()})
 
+    def breaker(self) -> Breaker:
+        reply = self._client.get_item(TableName=self._table, Key=self._key("breaker", "breaker"), ConsistentRead=True)
+        return Breaker.model_validate(self._plain(reply["Item"])) if "Item" in reply else Breaker()
+
+    def save_breaker(self, breaker: Breaker) -> Breaker:
+        written = breaker.model_copy(update={"revision": breaker.revision + 1})
+        item = {"pk": "breaker", "sk": "breaker", **written.model_dump(exclude_none=True)}
+        condition = "revision = :revision" if breaker.revision else "attribute_not_exists(pk)"
+        self._put(item, condition, _values(self._out, revision=breaker.revision) if breaker.revision else {})
+        return written
+
     def _put(self, item: dict[str, Any], condition: str, extra: dict[str, Any]) -> None:
         try:
             self._client.put_item(
@@ -198,6 +228,7 @@ class MemoryStore:
         self._leases: dict[str, Lease] = {}
         self._generations: dict[str, int] = {}
         self._marks: dict[str, int] = {}
+        self._breaker = Breaker()
         self._lock = threading.Lock()
 
     def get(self, work_id: str) -> Record | None:
@@ -248,3 +279,13 @@ class MemoryStore:
 
     def save_marks(self, marks: dict[str, int]) -> None:
         self._marks = dict(marks)
+
+    def breaker(self) -> Breaker:
+        return self._breaker
+
+    def save_breaker(self, breaker: Breaker) -> Breaker:
+        with self._lock:
+            if self._breaker.revision != breaker.revision:
+                raise Conflict("the breaker was written by another actor")
+            self._breaker = breaker.model_copy(update={"revision": breaker.revision + 1})
+            return self._breaker

@@ -1,7 +1,9 @@
 """The control plane's own parts against the emulator over HTTP; ECS, SQS and the loop are played here."""
 
+import itertools
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,10 +17,11 @@ from shared.diagnose import LaunchProblem
 from shared.keeping import Keeper, RoundReply, RoundState
 from shared.launching import Launcher, LaunchMessage, PutOff
 from shared.observing import Observer
-from shared.record import Outcome, Phase, Record
+from shared.record import Breaker, Outcome, Phase, Record
 from shared.sandboxes import LaunchFailed
 from shared.stopping import Stopper
 from shared.store import MemoryStore
+from shared.stored_key import StoredKey
 from shared.sweeping import Janitor
 from shared.ticketing import TicketRefused, TicketRequest, Tickets, TurnEnded
 from shared.work_api import NO_HEARTBEAT, EventPage, NotAllowed, Unanswered, WorkApi
@@ -442,6 +445,7 @@ def test_capacity_puts_a_launch_off_and_permanent_errors_end_the_turn(plane: Pla
     with pytest.raises(PutOff):
         plane.launcher.launch(plane.queue.sent[-1])
     plane.ecs.fail = LaunchFailed(LaunchProblem.PERMANENT, "no such task definition")
+    plane.launcher.config = CONFIG.model_copy(update={"breaker_max_hold_seconds": 0})
     plane.launcher.launch(plane.queue.sent[-1])
     assert plane.stop() == 0  # an earlier try might have started: death must be proved first
     for _ in range(3):
@@ -836,3 +840,256 @@ def test_a_session_whose_events_may_not_be_read_is_left_alone_and_named_once(
         plane.sweep()
     assert told.count("a session's progress is not known") == 1
     assert plane.record(work_id) == before
+# --- the circuit breaker (DESIGN §6) --------------------------------------------------------------------------
+
+NO_IMAGE = {
+    "stopCode": "TaskFailedToStart",
+    "stoppedReason": "CannotPullContainerError: pull image manifest: manifest unknown: not found",
+}
+
+
+def keep_leases(plane: Plane, seconds: int) -> None:
+    for _ in range(seconds // 20):
+        plane.pass_seconds(20)
+        plane.beat()
+
+
+def launch_all(plane: Plane) -> int:
+    """Deliver every message that waits; how many tasks it started."""
+    before, waiting = len(plane.ecs.tasks), list(plane.queue.sent)
+    plane.queue.sent.clear()
+    for message in waiting:
+        plane.launcher.launch(message)
+    return len(plane.ecs.tasks) - before
+
+
+def image_is_missing(plane: Plane) -> None:
+    """Every task that has not started ends so."""
+    for arn, task in list(plane.ecs.tasks.items()):
+        if task["lastStatus"] == "PENDING":
+            plane.observer.observe(plane.ecs.becomes(arn, "STOPPED") | NO_IMAGE)
+
+
+def opened(plane: Plane, sessions: int = 3) -> list[str]:
+    """The breaker opened by sessions that are held since."""
+    ids = [plane.queue_session() for _ in range(sessions)]
+    assert plane.poll() == sessions
+    launch_all(plane)
+    image_is_missing(plane)
+    assert plane.store.breaker().opened_at == plane.time
+    return ids
+
+
+@pytest.mark.parametrize("where", ["RunTask", "the stopped task"])
+def test_an_item_whose_launch_no_retry_cures_is_held_and_three_in_a_row_stop_the_claiming(
+    plane: Plane, where: str
+) -> None:
+    ids = [plane.queue_session() for _ in range(3)]
+    plane.poll()
+    if where == "RunTask":
+        plane.ecs.fail = LaunchFailed(LaunchProblem.PERMANENT, "RunTask failed: AccessDeniedException: not authorized")
+    launch_all(plane)
+    image_is_missing(plane)
+    assert [(plane.record(one).phase, plane.record(one).attempt) for one in ids] == [(Phase.HELD, 2)] * 3
+    breaker = plane.store.breaker()
+    assert breaker.opened_at == plane.time
+    assert "Give the role" in breaker.reason if where == "RunTask" else "Push the image" in breaker.reason
+    waiting = plane.queue_session()
+    plane.poll()
+    assert plane.api_state(waiting) == "queued"
+
+
+def test_two_failures_and_a_sandbox_that_runs_open_nothing(plane: Plane) -> None:
+    for _ in range(2):
+        for _ in range(2):
+            plane.queue_session()
+        plane.poll()
+        launch_all(plane)
+        image_is_missing(plane)
+        assert plane.store.breaker().failures == 2
+        plane.run_to_running()
+        assert plane.store.breaker().failures == 0
+        plane.queue.sent.clear()
+
+
+def test_while_open_the_oldest_held_item_alone_is_launched_once_a_minute(plane: Plane) -> None:
+    ids = opened(plane)
+    oldest = min(ids, key=lambda one: (plane.record(one).turn, one))
+    assert launch_all(plane) == 0, "the next attempts' messages are held back"
+    for _ in range(4):
+        keep_leases(plane, 60)
+        plane.queue.sent.clear()
+        for _ in range(3):  # the webhook may wake the poller as often as it likes
+            plane.poll()
+        assert [message.work_id for message in plane.queue.sent] == [oldest]
+        assert launch_all(plane) == 1
+        image_is_missing(plane)
+    assert {plane.record(one).phase for one in ids} == {Phase.HELD}
+    assert plane.record(oldest).attempt > CONFIG.max_attempts, "such attempts do not count"
+
+
+def test_a_probe_that_runs_closes_the_breaker_and_the_others_follow(plane: Plane) -> None:
+    ids = opened(plane)
+    waiting = plane.queue_session()
+    launch_all(plane)
+    keep_leases(plane, 140)
+    plane.poll()
+    assert launch_all(plane) == 1
+    probe = next(arn for arn, task in plane.ecs.tasks.items() if task["lastStatus"] == "PENDING")
+    plane.observer.observe(plane.ecs.becomes(probe, "RUNNING"))
+    assert plane.store.breaker().opened_at is None
+    plane.poll()
+    assert launch_all(plane) == 3
+    assert plane.api_state(waiting) == "active"
+    assert {plane.record(one).phase for one in ids} == {Phase.RUNNING, Phase.LAUNCHING}
+
+
+def test_while_open_one_item_is_claimed_for_the_probe_if_none_is_held(plane: Plane) -> None:
+    for work_id in opened(plane):
+        plane.emulator.control("POST", f"work/{work_id}/stop", {"force": True})
+    keep_leases(plane, 20)
+    assert plane.stop() == 3
+    plane.queue.sent.clear()
+    ids = [plane.queue_session() for _ in range(3)]
+    for _ in range(3):
+        keep_leases(plane, 60)
+        plane.poll()
+    assert sorted(plane.api_state(one) for one in ids) == ["active", "queued", "queued"]
+    assert launch_all(plane) == 1
+
+
+def test_past_the_longest_hold_a_probe_that_fails_is_given_up_with_its_reason(plane: Plane) -> None:
+    plane.observer.config = CONFIG.model_copy(update={"breaker_max_hold_seconds": 600})
+    ids = opened(plane, 4)
+    for minute in range(1, 15):
+        keep_leases(plane, 60)
+        plane.poll()
+        launch_all(plane)
+        image_is_missing(plane)
+        plane.stop()
+        ended = [plane.record(one) for one in ids if not plane.record(one).is_live]
+        assert len(ended) == max(0, min(4, minute - 9)), "none before, then one a minute"
+    assert {record.outcome for record in ended} == {Outcome.LAUNCH_FAILED}
+    assert all("Push the image" in str(record.reason) for record in ended)
+
+
+def test_a_start_deadline_passes_no_item_over_while_the_breaker_is_open(plane: Plane) -> None:
+    """RunTask's answer may have been lost or put off just before: nothing runs, and nothing could."""
+    work_id = plane.queue_session()
+    plane.poll()
+    plane.ecs.fail = LaunchFailed(LaunchProblem.CAPACITY, "no capacity")
+    with pytest.raises(PutOff):
+        launch_all(plane)
+    plane.store.save_breaker(Breaker(failures=3, opened_at=plane.time))
+    keep_leases(plane, CONFIG.start_timeout_seconds + 80)
+    plane.stop()
+    assert plane.record(work_id).phase is Phase.HELD
+
+
+def test_paused_by_hand_nothing_new_is_claimed_and_what_is_held_goes_on(plane: Plane) -> None:
+    held = plane.queue_session()
+    plane.poll()
+    plane.queue.sent.clear()
+    plane.store.save_breaker(Breaker(paused=True))
+    waiting = plane.queue_session()
+    keep_leases(plane, 140)
+    plane.poll()
+    assert plane.api_state(waiting) == "queued"
+    assert [message.work_id for message in plane.queue.sent] == [held]
+    assert launch_all(plane) == 1
+    arn = str(plane.record(held).task_arn)
+    plane.observer.observe(plane.ecs.becomes(arn, "RUNNING"))
+    assert plane.store.breaker().paused, "a sandbox that runs ends no pause"
+    plane.store.save_breaker(plane.store.breaker().model_copy(update={"paused": False}))
+    plane.poll()
+    assert plane.api_state(waiting) == "active"
+
+
+# --- the API and its key ---------------------------------------------------------------------------------------
+
+
+def test_an_item_offered_again_while_its_sandbox_lives_waits_for_that_sandbox_s_end(plane: Plane) -> None:
+    """Its lease lapsed: two sandboxes of one session must never run at once (DESIGN §10, 2)."""
+    work_id, arn = plane.run_to_running()
+    plane.pass_seconds(CONFIG.lease_ttl_seconds + 10)  # no beat came through
+    assert plane.api_state(work_id) in ("queued", "active")  # the emulator requeues it when it is next asked
+    assert plane.poll() == 0
+    assert plane.api_state(work_id) == "queued"
+    assert plane.record(work_id).lease_gone
+    plane.beat()
+    plane.stop()
+    assert plane.ecs.tasks[arn]["desiredStatus"] == "STOPPED"
+    plane.pass_seconds(10)
+    assert plane.poll() == 0, "the container is not dead yet"
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 10))
+    assert plane.stop() == 1
+    assert not plane.stops()
+    plane.pass_seconds(10)
+    assert plane.poll() == 1
+    assert [past.outcome for past in plane.record(work_id).history] == [Outcome.LOST]
+    assert launch_all(plane) == 1
+
+
+def test_an_outage_longer_than_the_ttl_ends_the_sandbox_at_its_deadline_and_posts_nothing(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    real, plane.keeper.api = plane.keeper.api, Away()  # type: ignore[assignment]
+    for second in range(0, CONFIG.lease_ttl_seconds - 5, 5):
+        assert plane.record(work_id).phase is Phase.RUNNING, f"given up after {second} s"
+        plane.pass_seconds(5)
+        plane.beat()
+        plane.stop()
+    assert plane.record(work_id).stop_outcome is Outcome.LOST
+    assert plane.ecs.tasks[arn]["desiredStatus"] == "STOPPED"
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 10))
+    plane.keeper.api = real
+    assert plane.stop() == 1
+    assert not plane.stops()
+    plane.pass_seconds(20)
+    assert plane.poll() == 1, "the server offers it again, and it is served anew"
+    assert plane.record(work_id).phase is Phase.HELD
+
+
+class Away:
+    """The API during an outage."""
+
+    def heartbeat(self, *_: Any, **__: Any) -> Any:
+        raise Unanswered("no route")
+
+
+class Rotated(httpx.HTTPTransport):
+    """In front of the emulator, which has one key for good: only `valid` passes, and as that key."""
+
+    def __init__(self, emulator_key: str) -> None:
+        super().__init__(verify=False)
+        self.valid = self.emulator_key = emulator_key
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        if request.headers["authorization"] != f"Bearer {self.valid}":
+            return httpx.Response(401, json={"type": "error", "error": {"message": "unknown key"}})
+        request.headers["authorization"] = f"Bearer {self.emulator_key}"
+        return super().handle_request(request)
+
+
+def test_a_key_rotated_while_sessions_run_costs_neither_a_restart_nor_a_lease(plane: Plane) -> None:
+    work_id, arn = plane.run_to_running()
+    secret = {"value": plane.emulator.environment_key}
+    client: Any = SimpleNamespace(get_secret_value=lambda **_: {"SecretString": secret["value"]})
+    now = itertools.repeat(0.0).__next__  # its cache never ages: only a refusal makes it read again
+    key = StoredKey(client, "arn", name="environment key", prefix="sk-", until="", now=now)
+    way = Rotated(secret["value"])
+    api = WorkApi(plane.emulator.base_url, plane.emulator.environment_id, key, sleep=lambda _: None, transport=way)
+    plane.keeper.api, plane.keeper.key = api, key
+    plane.pass_seconds(20)
+    plane.beat()
+    way.valid = "sk-ant-oat01-new"
+    for _ in range(2):  # the old key is dead before the new one is put
+        plane.pass_seconds(10)
+        plane.beat()
+    secret["value"] = way.valid
+    for _ in range(12):
+        plane.pass_seconds(10)
+        plane.beat()
+        plane.stop()
+    assert plane.api_state(work_id) == "active"
+    record = plane.record(work_id)
+    assert (record.phase, record.attempt, record.task_arn) == (Phase.RUNNING, 1, arn)

@@ -17,7 +17,7 @@ import yaml
 from botocore.exceptions import ClientError, ReadTimeoutError
 
 from local.work_api.state import DEFAULT_RECLAIM_MS, Item, Refusal, WorkQueue
-from shared.record import Lease, LiveEntry, Record
+from shared.record import Breaker, Lease, LiveEntry, Record
 from shared.store import Conflict, MemoryStore
 from tests.simulation.machine import Died, Future, Machine, Process
 
@@ -284,6 +284,12 @@ class OutsideStore:
 
     def save_marks(self, marks: dict[str, int]) -> None:
         self._outside.call("store.save_marks", lambda: self.inner.save_marks(marks))
+
+    def breaker(self) -> Breaker:
+        return self._outside.call("store.breaker", self.inner.breaker)
+
+    def save_breaker(self, breaker: Breaker) -> Breaker:
+        return self._write("store.save_breaker", lambda: self.inner.save_breaker(breaker))
 
     def _write(self, kind: str, effect: Callable[[], T]) -> T:
         retried = self._outside.machine.rng.random() < 0.5

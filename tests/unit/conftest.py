@@ -1,6 +1,8 @@
 """Fixtures of the unit tests: the store's twins."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import boto3
 import pytest
@@ -8,14 +10,22 @@ from moto import mock_aws
 
 from shared.store import DynamoStore, MemoryStore, Store
 
+if TYPE_CHECKING:
+    from types_boto3_dynamodb import DynamoDBClient
+
 
 @pytest.fixture(params=["memory", "dynamodb"])
-def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
     if request.param == "memory":
         yield MemoryStore()
         return
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
+    with dynamo_table() as client:
+        yield DynamoStore(client, "work")
+
+
+@contextmanager
+def dynamo_table() -> Iterator["DynamoDBClient"]:
+    """A client of moto's DynamoDB, with the `work` table in it."""
     with mock_aws():
         client = boto3.client("dynamodb", region_name="us-east-1")
         names = ["pk", "sk", "shard", "work_id"]
@@ -35,4 +45,4 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
                 }
             ],
         )
-        yield DynamoStore(client, "work")
+        yield client

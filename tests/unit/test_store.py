@@ -1,15 +1,20 @@
 """What both twins of the record store promise."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from shared import lifecycle
-from shared.record import Lease, Outcome, Phase, Record
-from shared.store import Conflict, DynamoStore, Store, change
+from shared.record import Breaker, Lease, Outcome, Phase, Record
+from shared.store import Conflict, DynamoStore, Store, change, change_breaker
 from shared.work_api import Work
+from tests.unit.conftest import dynamo_table
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SECRET = "c2VjcmV0LW9mLXdvcmstMQ"
 
@@ -159,3 +164,36 @@ def test_the_janitor_s_marks_are_written_over_whole(store: Store) -> None:
     assert store.marks() == {"task arn:a": 1_800_000_000_000}
     store.save_marks({})
     assert store.marks() == {}
+
+
+def test_of_two_writers_of_the_breaker_the_second_conflicts(store: Store) -> None:
+    assert store.breaker() == Breaker()
+    saved = store.save_breaker(Breaker(failures=3, opened_at=5, reason="no image", probe="w/1/1", probe_at=5))
+    assert store.breaker() == saved
+    store.save_breaker(saved.model_copy(update={"failures": 4}))
+    with pytest.raises(Conflict):
+        store.save_breaker(saved)
+    with pytest.raises(Conflict):
+        store.save_breaker(Breaker())
+    assert store.breaker().failures == 4
+
+
+def test_the_switch_set_by_the_documented_command_is_never_overwritten() -> None:
+    """docs/operations.md: it raises the revision, so a write that had not seen it conflicts."""
+    command = (ROOT / "docs" / "operations.md").read_text().split("aws dynamodb update-item", 1)[1].split("\n\n")[0]
+    [key, expression, values] = re.findall(r"'([^']+)'", command)
+    with dynamo_table() as client:
+        store = DynamoStore(client, "work")
+        for paused in (True, False):
+            seen = store.breaker()
+            client.update_item(
+                TableName="work",
+                Key=json.loads(key),
+                UpdateExpression=expression,
+                ExpressionAttributeValues=json.loads(values.replace("true", str(paused).lower())),
+            )
+            assert store.breaker().paused is paused
+            with pytest.raises(Conflict):
+                store.save_breaker(seen.model_copy(update={"failures": 1}))
+            change_breaker(store, lambda breaker: breaker.model_copy(update={"failures": 1}))
+            assert store.breaker().paused is paused
