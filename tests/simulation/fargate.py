@@ -66,10 +66,12 @@ class Fargate:
     stop_timeout_ms: int
     watch: Callable[[Task], None]  # after every change of a task's state
     stopping: Callable[[Task, str], None]  # before a StopTask, with its reason
+    created: Callable[[], None]
     tasks: dict[str, Task] = field(default_factory=dict)
     tokens: dict[str, Task] = field(default_factory=dict)
     full_until: int = 0
     image_missing_until: int = 0
+    image_missing_from: int = 0
 
     def run_task(self, *, clientToken: str | None = None, startedBy: str, **request: Any) -> dict[str, Any]:
         return self.outside.call(
@@ -120,6 +122,10 @@ class Fargate:
             task.reason, task.code = reason, code
             self.machine.kill(task.process, reason)
 
+    def image_goes_missing(self, ms: int) -> None:
+        """Every task that starts within this time cannot pull its image."""
+        self.image_missing_from, self.image_missing_until = self.machine.now, self.machine.now + ms
+
     def _refusal(self) -> Exception:
         return self.machine.rng.choice(
             [
@@ -143,6 +149,7 @@ class Fargate:
         if token:
             self.tokens[token] = task
         self.machine.note(task.arn, f"created by {started_by}")
+        self.created()
         stuck = self.outside.faults.happens(self.machine, 0.02, "never leaves PENDING")
         if not stuck:
             self.machine.later(self.machine.rng.randint(800, 40_000), lambda: self._start(task))

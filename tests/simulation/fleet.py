@@ -134,8 +134,11 @@ class Fleet:
             self.config.stop_timeout_seconds * 1000,
             self._check_task,
             self._check_reaped,
+            self._check_launches,
         )
         self._build_functions()
+        self.ran_at = 0  # when a sandbox last reached RUNNING
+        self.launches: list[int] = []  # when tasks were created
         self.reported: set[str] = set()  # items that the janitor called stranded
         _listen(self)
 
@@ -392,6 +395,8 @@ class Fleet:
 
     def check_end(self) -> None:
         """After everything settled: nobody waits without being told."""
+        if self.records.breaker().opened_at is not None and self.ran_at > (self.records.breaker().opened_at or 0):
+            self.violations.append("the circuit breaker is open though a sandbox ran")
         for session in self.sessions.values():
             record = self.records.get(session.work_id)
             if record is None:
@@ -409,9 +414,27 @@ class Fleet:
 
     # --- what must hold at every step (DESIGN §10) -----------------------------------------------------------------
 
+    def _check_launches(self) -> None:
+        """The circuit breaker: once an image is missing for a while, about one launch a minute tries it (DESIGN §6)."""
+        now, fargate = self.machine.now, self.fargate
+        self.launches = [at for at in self.launches if at > now - 600_000] + [now]
+        missing_for = now - fargate.image_missing_from
+        if now < fargate.image_missing_until and missing_for > 1_500_000 and len(self.launches) > 12:
+            self.violations.append(f"{len(self.launches)} launches in ten minutes of an image that is missing")
+
+    def _check_given_up(self, before: Record | None, after: Record) -> None:
+        """No session is given up for an image before the longest hold is over."""
+        if after.stop_outcome is not Outcome.LAUNCH_FAILED or (before and before.phase is Phase.STOPPING):
+            return
+        held_for = self.machine.now - max(self.fargate.image_missing_from, after.turn)
+        missing = "no such image" in (after.stop_reason or "")
+        if missing and held_for < self.config.breaker_max_hold_seconds * 1000:
+            self.violations.append(f"{after.work_id} was given up after {held_for // 1000} s without an image")
+
     def _check_task(self, task: Task) -> None:
         if not task.runs:
             return
+        self.ran_at = self.machine.now
         work_id = task.environment["FLEET_WORK_ID"]
         others = [
             other.arn
@@ -477,6 +500,7 @@ class Fleet:
 
     def _check_loss(self, before: Record | None, after: Record) -> None:
         """A lease is given up only when it is gone, or so close to it that the server may count differently."""
+        self._check_given_up(before, after)
         if after.stop_outcome is not Outcome.LOST or (before and before.stop_outcome is Outcome.LOST):
             return
         item = self.queue.get(after.work_id)

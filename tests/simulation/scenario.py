@@ -75,4 +75,5 @@ def _plan(fleet: Fleet) -> None:
     if rng.random() < 0.2:
         at(lambda: setattr(fleet.fargate, "full_until", machine.now + rng.randint(30_000, 600_000)))
     if rng.random() < 0.1:
-        at(lambda: setattr(fleet.fargate, "image_missing_until", machine.now + rng.randint(30_000, 600_000)))
+        longest = rng.choice([600_000, 3 * 3_600_000])
+        at(lambda: fleet.fargate.image_goes_missing(rng.randint(30_000, longest)))

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 from unittest.mock import patch
 
-from shared import lifecycle, progress
+from shared import breaker, lifecycle, progress
 from shared.claiming import Claimer
 from shared.config import SHARD
 from shared.lifecycle import BeatResult, Offer, StopWish, Verdict
@@ -227,6 +227,22 @@ def _a_person_s_wait_taken_for_a_stall(stack: ExitStack) -> None:
 def _every_requires_action_taken_for_a_person_s(stack: ExitStack) -> None:
     """But each tool call waits so for its sandbox (W§11.2)."""
     stack.enter_context(patch.object(progress, "_wait_for_people", lambda *_: progress.ACTION))
+
+
+def _breaker_never_opens(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(breaker, "FAILURES_TO_OPEN", 10**9))
+
+
+def _breaker_never_closes(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(breaker, "after_running", lambda _: None))
+
+
+def _no_hold_without_an_image(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(breaker, "holds", lambda *_: False))
+
+
+def _every_launch_is_a_probe(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(breaker, "admits", lambda *_: True))
 
 
 BROKEN: dict[str, Break] = {
