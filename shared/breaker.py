@@ -84,9 +84,13 @@ def _name(record: Record) -> str:
 # --- told by launcher, observer and stopper -------------------------------------------------------------------
 
 
-def keeps(store: Store, config: Config, record: Record, now: int) -> bool:
-    """As `holds`, of the breaker as it is stored."""
-    return holds(store.breaker(), record, now, config.breaker_max_hold_seconds)
+def keeps(store: Store, config: Config, record: Record, now: int, *, refused: bool) -> bool:
+    """Whether an attempt that never ran is made again uncounted. `refused`: for a reason that no retry cures.
+
+    While open any other counts as little: hours of probes would use up MaxAttempts by mere stalls.
+    """
+    rule = holds if refused else suspends
+    return rule(store.breaker(), record, now, config.breaker_max_hold_seconds)
 
 
 def failed(store: Store, reason: str, now: int) -> None:

@@ -75,7 +75,7 @@ class Launcher:
         """Held back for the breaker's probe, or given up. A poller sends the next message."""
         now = self.now()
         breaker.failed(self.store, why, now)
-        if not breaker.keeps(self.store, self.config, record, now):
+        if not breaker.keeps(self.store, self.config, record, now, refused=True):
             self._give_up(message, why)
             return
         # An earlier try may have started a task: the stopper proves what became of it

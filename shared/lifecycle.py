@@ -332,6 +332,11 @@ def after_running(record: Record, arn: str, version: int, now: int) -> Record | 
     )
 
 
+def never_ran(record: Record, exit_code: int | None) -> bool:
+    """Of an attempt that ended: whether no container of it was ever started."""
+    return record.phase is Phase.LAUNCHING and exit_code is None
+
+
 def after_container_stopped(
     record: Record,
     diagnosis: Diagnosis,
@@ -344,7 +349,7 @@ def after_container_stopped(
 ) -> Record | None:
     """ECS says STOPPED: finish what was wanted, or relaunch while the lease is held (DESIGN §7, "Sandbox gone").
 
-    `hold`: a launch that no retry cures is not the turn's end yet (breaker.holds).
+    `hold`: an attempt that never ran is made again, uncounted (breaker.keeps).
     """
     if record.dead or record.phase not in (Phase.LAUNCHING, Phase.RUNNING, Phase.STOPPING):
         return None
@@ -362,9 +367,9 @@ def after_container_stopped(
     if exit_code in HOPELESS_EXITS:
         wish = StopWish(f"the sandbox gave up: {HOPELESS_EXITS[exit_code]}", Outcome.FAILED, post=True)
         return _ended(told, now, wish)
+    if hold and never_ran(record, exit_code):
+        return held_back(told, now, diagnosis.summary)
     if diagnosis.kind is Kind.LAUNCH_PERMANENT:
-        if hold:
-            return held_back(told, now, diagnosis.summary)
         wish = StopWish(f"{diagnosis.summary}. {diagnosis.what_to_do}", Outcome.LAUNCH_FAILED, post=True)
         return _ended(told, now, wish)
     unstopped = exit_code == NOT_STOPPED or record.phase is Phase.STOPPING
@@ -383,7 +388,7 @@ def _ended(record: Record, now: int, wish: StopWish) -> Record:
 
 
 def held_back(record: Record, now: int, why: str) -> Record:
-    """`held` again, as another attempt that does not count: nothing of this one runs, none can before it is mended."""
+    """`held` again, as another attempt that does not count; nothing of this one runs."""
     refused = {"refused": record.refused + 1, "refused_since": record.refused_since or now}
     return _next_attempt(record, now, why, interrupted=False).model_copy(update=refused)
 

@@ -72,7 +72,8 @@ class Observer:
                     version,
                     now=self.now(),
                     max_attempts=self.config.max_attempts,
-                    hold=refused and breaker.keeps(self.store, self.config, record, self.now()),
+                    hold=lifecycle.never_ran(record, exit_code)
+                    and breaker.keeps(self.store, self.config, record, self.now(), refused=refused),
                 )
             return None
 

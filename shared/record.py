@@ -90,7 +90,7 @@ class Record(BaseModel):
     waits_for: str | None = None  # what only somebody outside the sandbox can give it
     waiting_since: int | None = None
     restart_reason: str | None = None  # the sandbox hangs: to be stopped, so that the next attempt goes on
-    refused: int = 0  # attempts that no container of was started, for a reason that someone must mend; not counted
+    refused: int = 0  # attempts that never ran, uncounted: the cause is not theirs (breaker.keeps)
     refused_since: int | None = None  # the first of them since a sandbox last ran
     ticket_hashes: tuple[str, ...] = ()
     ticket_nonce_hash: str | None = None

@@ -91,7 +91,7 @@ class Stopper:
         if arn is not None:
             self._look_or_stop(record, arn, "not running before the start deadline")
         elif lifecycle.may_be_taken_as_dead(record, now := self.now()):
-            if breaker.suspends(self.store.breaker(), record, now, self.config.breaker_max_hold_seconds):
+            if breaker.keeps(self.store, self.config, record, now, refused=False):
                 self.store.save(lifecycle.held_back(record, now, "no task was started"))
             else:
                 self.store.save(lifecycle.never_launched(record, now))
@@ -130,7 +130,8 @@ class Stopper:
             _NEWEST,
             now=self.now(),
             max_attempts=self.config.max_attempts,
-            hold=refused and breaker.keeps(self.store, self.config, record, self.now()),
+            hold=lifecycle.never_ran(record, exit_code)
+            and breaker.keeps(self.store, self.config, record, self.now(), refused=refused),
         )
         saved = self.store.save(after) if after else None
         if saved and refused:

@@ -986,6 +986,21 @@ def test_a_start_deadline_passes_no_item_over_while_the_breaker_is_open(plane: P
     assert plane.record(work_id).phase is Phase.HELD
 
 
+def test_while_open_a_launch_that_stalls_counts_no_attempt(plane: Plane) -> None:
+    """Hours of probes would use up MaxAttempts by mere stalls (found by the simulation)."""
+    opened(plane)
+    for _ in range(CONFIG.max_attempts + 1):
+        keep_leases(plane, 60)
+        plane.queue.sent.clear()
+        plane.poll()
+        probe = plane.queue.sent[0].work_id
+        assert launch_all(plane) == 1
+        arn = str(plane.record(probe).task_arn)
+        plane.ecs.stop(arn, "not running before the start deadline")
+        plane.observer.observe(plane.ecs.becomes(arn, "STOPPED"))
+        assert plane.record(probe).phase is Phase.HELD
+
+
 def test_paused_by_hand_nothing_new_is_claimed_and_what_is_held_goes_on(plane: Plane) -> None:
     held = plane.queue_session()
     plane.poll()

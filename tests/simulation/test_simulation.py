@@ -4,6 +4,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from shared.record import Outcome
+from tests.simulation.fleet import CONFIG, START, Fleet
 from tests.simulation.scenario import run
 
 SEEDS = 240
@@ -20,3 +22,30 @@ def test_nothing_is_lost_and_nothing_doubled_whatever_fails() -> None:
 @pytest.mark.parametrize("seed", [3, 155])
 def test_a_seed_is_replayed_step_by_step(seed: int) -> None:
     assert run(seed, keep_history=True) == run(seed, keep_history=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_image_that_is_missing_for_hours_costs_no_session(seed: int) -> None:
+    """Under the circuit breaker they wait, held or in the server's queue, and are served once it is back."""
+    missing_ms = 2 * 3_600_000
+    config = CONFIG.model_copy(update={"breaker_max_hold_seconds": 6 * 3_600})
+    fleet = Fleet(seed, rate=0.02, faults_until_ms=missing_ms, config=config)
+    fleet.fargate.image_goes_missing(missing_ms)
+    fleet.schedule("poller", 60_000)
+    fleet.schedule("janitor", 300_000)
+    for n in range(8):
+        fleet.machine.later(n * missing_ms // 10, fleet.new_session)
+    try:
+        fleet.machine.run(START + missing_ms - 1, lambda: bool(fleet.violations))
+        claimed = [work_id for work_id in fleet.sessions if fleet.records.get(work_id)]
+        fleet.machine.run(START + missing_ms + 3_600_000, lambda: bool(fleet.violations) or fleet.settled())
+    finally:
+        fleet.close()
+    assert not fleet.violations
+    assert not fleet.unsettled()
+    fleet.check_end()
+    assert not fleet.violations
+    records = [fleet.records.get(work_id) for work_id in fleet.sessions]
+    assert all(record and record.outcome is not Outcome.LAUNCH_FAILED for record in records)
+    assert all(session.served for session in fleet.sessions.values())
+    assert len(claimed) < len(fleet.sessions), "what came later stayed in the server's queue"
