@@ -1005,7 +1005,7 @@ def test_paused_by_hand_nothing_new_is_claimed_and_what_is_held_goes_on(plane: P
     held = plane.queue_session()
     plane.poll()
     plane.queue.sent.clear()
-    plane.store.save_breaker(Breaker(paused=True))
+    plane.store.save_breaker(Breaker(paused=True, failures=1))
     waiting = plane.queue_session()
     keep_leases(plane, 140)
     plane.poll()
