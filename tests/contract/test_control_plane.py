@@ -233,6 +233,50 @@ def test_an_item_that_is_no_session_is_acked_and_stopped_without_a_sandbox(plane
     assert not plane.queue.sent
 
 
+def test_a_second_poller_leaves_an_item_to_the_one_that_is_claiming_it(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FIELD_NOTES 25: runs of the poller may overlap, even on one item between its put and its ack."""
+    work_id = plane.queue_session()
+    ack, overlapped = plane.api.ack, list[int]()
+
+    def ack_late(work_id: str) -> Any:
+        monkeypatch.undo()
+        plane.pass_seconds(20)  # offered again: nobody has acked it
+        overlapped.append(plane.poll("poller-2"))
+        return ack(work_id)
+
+    monkeypatch.setattr(plane.api, "ack", ack_late)
+    assert plane.poll("poller-1") == 1
+    assert overlapped == [0]
+    assert plane.record(work_id).phase is Phase.HELD
+    assert [message.work_id for message in plane.queue.sent] == [work_id]
+
+
+def test_nothing_is_begun_that_the_function_has_no_time_to_finish(plane: Plane) -> None:
+    """FIELD_NOTES 22: side effects near the timeout ran twice."""
+    held = plane.queue_session()
+    plane.poll()
+    plane.queue.sent.clear()
+    plane.time += 10 * 60_000  # its launch message is due again
+    waiting = [plane.queue_session() for _ in range(2)]
+    plane.claimer.run("late", plane.time + 29_000)
+    assert held not in [message.work_id for message in plane.queue.sent]
+    assert sorted(plane.api_state(work_id) for work_id in waiting) == ["active", "queued"], "one poll, no more"
+    plane.claimer.run("in time", plane.time + 90_000)
+    assert held in [message.work_id for message in plane.queue.sent]
+
+
+def test_a_session_is_handed_over_without_any_stop(plane: Plane) -> None:
+    """FIELD_NOTES 2: the dispatcher stopped the item that it had just handed over."""
+    work_id, _ = plane.run_to_running()
+    plane.poll()
+    plane.beat()
+    plane.stop()
+    assert plane.stops() == []
+    assert plane.api_state(work_id) == "active"
+
+
 def test_an_item_acked_before_a_crash_is_claimed_by_the_next_run(plane: Plane) -> None:
     """FIELD_NOTES 1: the strand of every public worker."""
     work_id = plane.queue_session()
@@ -370,6 +414,77 @@ def test_beats_keep_the_lease_past_its_first_ttl(plane: Plane) -> None:
     assert plane.record(work_id).phase is Phase.RUNNING
 
 
+@pytest.mark.parametrize(("status", "gone"), [(404, True), (500, False), (503, False), (429, False)])
+def test_an_item_is_gone_by_a_404_and_by_no_other_refusal(plane: Plane, status: int, gone: bool) -> None:
+    """FIELD_NOTES 10: a 404 was retried for ever, so orphans lived on."""
+    work_id, arn = plane.run_to_running()
+    plane.pass_seconds(25)
+    plane.emulator.control("POST", "faults", {"kind": "status", "status": status, "call": "heartbeat"})
+    plane.beat()
+    plane.stop()
+    assert plane.record(work_id).phase is (Phase.STOPPING if gone else Phase.RUNNING)
+    assert (plane.ecs.tasks[arn].get("desiredStatus") == "STOPPED") is gone
+    assert not plane.stops()
+
+
+def test_a_running_sandbox_costs_no_question_to_ecs(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FIELD_NOTES 18: events come first; asking for every task each round was throttled for hours."""
+    plane.run_to_running()
+    asked: list[object] = []
+    for call in ("describe", "find", "meant_to_run"):
+        monkeypatch.setattr(plane.ecs, call, asked.append)
+    for _ in range(3):
+        plane.pass_seconds(20)
+        plane.poll()
+        plane.beat()
+        plane.stop()
+    assert asked == []
+
+
+def test_a_task_that_never_leaves_pending_is_stopped_and_launched_again(plane: Plane) -> None:
+    """FIELD_NOTES 14: about one task in a hundred; the lease is kept meanwhile."""
+    plane.launcher.config = plane.keeper.config = CONFIG.model_copy(update={"start_timeout_seconds": 60})
+    work_id = plane.queue_session()
+    plane.poll()
+    plane.launcher.launch(plane.queue.sent[-1])
+    arn = str(plane.record(work_id).task_arn)
+    for _ in range(3):
+        assert "desiredStatus" not in plane.ecs.tasks[arn], "before the start deadline"
+        plane.pass_seconds(20)
+        wanted = plane.beat().to_stop
+        plane.stop()
+    assert wanted
+    assert plane.ecs.tasks[arn]["desiredStatus"] == "STOPPED"
+    assert plane.record(work_id).phase is Phase.LAUNCHING, "nothing is launched before it is dead"
+    plane.observer.observe(plane.ecs.becomes(arn, "STOPPED"))
+    assert (plane.record(work_id).phase, plane.record(work_id).attempt) == (Phase.HELD, 2)
+    assert plane.queue.sent[-1].attempt == 2
+    assert plane.api_state(work_id) == "active"
+
+
+def test_a_stop_that_was_not_carried_out_is_asked_for_again_until_the_task_is_gone(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FIELD_NOTES 20: a cancel left zombies, or stuck in "cancelling"; a task that is absent is stopped."""
+    plane.launcher.config = CONFIG.model_copy(update={"start_timeout_seconds": 60})
+    work_id, arn = plane.run_to_running()
+    plane.emulator.control("POST", f"work/{work_id}/stop", {"force": False})
+    asked: list[str] = []
+    monkeypatch.setattr(plane.ecs, "stop", lambda arn, reason: asked.append(arn))
+    for _ in range(2):
+        plane.pass_seconds(20)
+        plane.beat()
+        plane.stop()
+    assert asked == [arn, arn]
+    del plane.ecs.tasks[arn]
+    for _ in range(5):
+        plane.pass_seconds(20)
+        plane.beat()
+        plane.stop()
+    assert plane.record(work_id).outcome is Outcome.STOPPED
+    assert plane.api_state(work_id) == "stopped"
+
+
 def test_a_crashed_sandbox_is_relaunched_until_max_attempts(plane: Plane) -> None:
     work_id, arn = plane.run_to_running()
     plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 137))
@@ -387,6 +502,7 @@ def test_a_crashed_sandbox_is_relaunched_until_max_attempts(plane: Plane) -> Non
 
 
 def test_a_late_event_of_an_earlier_attempt_changes_nothing(plane: Plane) -> None:
+    """FIELD_NOTES 17: what is terminal stays so."""
     work_id, arn = plane.run_to_running()
     stopped = plane.ecs.becomes(arn, "STOPPED", 137)
     plane.observer.observe(stopped)
@@ -432,6 +548,7 @@ def test_a_stop_while_the_launcher_is_inside_run_task_stops_that_task(plane: Pla
 
 
 def test_a_duplicate_launch_message_starts_no_second_sandbox(plane: Plane) -> None:
+    """FIELD_NOTES 22: each phase is written on a condition, so a side effect happens once."""
     plane.run_to_running()
     plane.launcher.launch(plane.queue.sent[-1])
     assert len(plane.ecs.tasks) == 1
@@ -472,14 +589,22 @@ def test_an_offer_during_a_turn_means_its_lease_is_gone_and_it_never_posts(plane
     assert plane.api_state(work_id) == "active"
 
 
-def test_a_session_past_its_wall_clock_is_stopped(plane: Plane) -> None:
+def test_a_session_past_its_wall_clock_is_stopped_however_healthy_it_looks(plane: Plane) -> None:
+    """FIELD_NOTES 3, 4, 26: accepted beats are no progress; a session that hangs does not keep its sandbox for ever."""
+    plane.keeper.config = plane.stopper.config = CONFIG.model_copy(update={"session_timeout_seconds": 60})
     work_id, arn = plane.run_to_running()
-    plane.stopper.config = CONFIG.model_copy(update={"session_timeout_seconds": 10})
-    plane.pass_seconds(15)
-    plane.stop()
+    for _ in range(3):
+        assert "desiredStatus" not in plane.ecs.tasks[arn], "before the limit"
+        plane.pass_seconds(20)
+        wanted = plane.beat().to_stop
+        plane.stop()
+        assert plane.api_state(work_id) == "active"
+    assert wanted
+    assert plane.ecs.tasks[arn]["desiredStatus"] == "STOPPED"
     plane.observer.observe(plane.ecs.becomes(arn, "STOPPED", 10))
     assert plane.stop() == 1
     assert plane.record(work_id).outcome is Outcome.TIMED_OUT
+    assert plane.api_state(work_id) == "stopped"
 
 
 @pytest.mark.parametrize("phase", [Phase.HELD, Phase.LAUNCHING, Phase.RUNNING])

@@ -272,6 +272,7 @@ def test_tools_find_no_ticket_token_or_key_in_their_environment(sandbox: Sandbox
 def test_a_signal_mid_tool_ends_the_tool_posts_its_result_and_no_stop(
     sandbox: Sandbox, signals: list[signal.Signals]
 ) -> None:
+    """FIELD_NOTES 24: SIGTERM is all the notice that a Spot task is sure to get."""
     pid_file = sandbox.workdir / "pid"
     sandbox.start(bash(f"echo before; trap '' TERM; sleep 100 & echo $! > {pid_file}; wait; echo after"))
     wait_until(lambda: pid_file.exists() and pid_file.read_text().strip() != "")

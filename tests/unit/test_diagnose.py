@@ -83,6 +83,7 @@ def test_spot_and_host_are_interruptions_whatever_the_exit_code(
 
 @pytest.mark.parametrize(("provider", "kind"), [("FARGATE_SPOT", Kind.INTERRUPTED), ("FARGATE", Kind.CRASH)])
 def test_a_sigterm_without_a_notice_is_spot_only_on_spot_capacity(provider: str, kind: Kind) -> None:
+    """FIELD_NOTES 24: the notice may be missing from the event."""
     assert stopped("EssentialContainerExited", EXITED, 143, capacityProviderName=provider).kind is kind
 
 
@@ -282,6 +283,7 @@ CAPACITY, THROTTLED, QUOTA, PERMANENT, UNKNOWN = LaunchProblem
     ],
 )
 def test_a_launch_error_is_told_by_its_message_then_its_code(code: str, message: str, problem: LaunchProblem) -> None:
+    """FIELD_NOTES 13: a throttle arrives as `InvalidParameterException`."""
     assert classify_launch_error(code, message) is problem
 
 

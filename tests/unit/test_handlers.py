@@ -146,6 +146,7 @@ def test_an_unknown_error_brings_the_message_back(monkeypatch: pytest.MonkeyPatc
 def test_a_launch_that_is_put_off_comes_back_later_and_later(
     received: str, wait: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """FIELD_NOTES 12: our own pacing."""
     launcher, asked = app("launcher"), list[dict[str, Any]]()
     monkeypatch.setattr(launcher, "launcher", lambda: _Launcher(PutOff("no capacity")))
     monkeypatch.setattr(launcher, "config", lambda: Config(table="work", queue_url="queue"))

@@ -374,7 +374,7 @@ def _ends(pid: int) -> bool:
 
 
 def test_a_stop_fits_between_sigterm_and_sigkill() -> None:
-    """A tool's grace, its end and a memory flush (the SDK's bound) fit in what ECS grants at most."""
+    """FIELD_NOTES 24: a tool's grace, its end and a memory flush (the SDK's bound) fit in what ECS grants at most."""
     ecs_grants = 120.0
     needed = runner.TOOL_GRACE_SECONDS + runner.TOOL_KILL_SECONDS + MEMORY_FLUSH_TIMEOUT
     assert needed < ecs_grants * runner.STOP_DEADLINE_SHARE < ecs_grants

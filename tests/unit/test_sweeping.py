@@ -217,6 +217,7 @@ def test_the_stopper_is_woken_for_what_it_may_have_to_end(room: Room, phase: Pha
 
 
 def test_a_stop_that_no_event_told_ends_the_turn_in_the_same_round(room: Room) -> None:
+    """FIELD_NOTES 17: a finished task is seen by its arn, and never run again."""
     record = room.record(Phase.RUNNING, running_since=START)
     room.ecs.add(str(record.started_by), "STOPPED", containers=[{"name": "sandbox", "exitCode": 0}])
     room.sweep()

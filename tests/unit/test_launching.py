@@ -1,0 +1,273 @@
+"""From a launch message to a task: the launcher and the observer over a memory store and a real boto3 client.
+
+Only ECS's replies are played here; whatever botocore does on the way to them is its own.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from botocore.awsrequest import AWSResponse, HTTPHeaders
+from botocore.exceptions import ReadTimeoutError
+from pydantic import SecretStr
+
+from shared import lifecycle, wiring
+from shared.config import Config
+from shared.launching import Launcher, LaunchMessage, PutOff
+from shared.observing import Observer
+from shared.record import Phase, Record
+from shared.sandboxes import Sandboxes
+from shared.store import Conflict, MemoryStore
+from shared.work_api import Work
+
+NOW = 1_800_000_000_000
+CONFIG = Config(
+    table="work",
+    cluster_arn="arn:aws:ecs:us-east-1:123456789012:cluster/c",
+    task_definition_arn="definition",
+    subnets="subnet-a,subnet-b",
+    security_groups="sg-1",
+)
+MESSAGE = LaunchMessage(work_id="w", turn=NOW, attempt=1)
+
+
+class _Body(io.BytesIO):
+    def stream(self, **_: object) -> Iterator[bytes]:
+        yield self.read()
+
+
+class Ecs:
+    """ECS's end of the wire: a token stands for its first request; `answers` come first, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.answers: list[tuple[int, dict[str, Any]] | Exception] = []
+        self.tasks: dict[str, dict[str, Any]] = {}
+        self.inside: Callable[[], None] | None = None
+
+    def answer(self, request: Any, **_: object) -> AWSResponse:
+        asked = json.loads(request.body)
+        call = request.headers["X-Amz-Target"].decode().split(".")[-1]
+        self.asked.append((call, asked))
+        status, reply = self._run(asked) if call == "RunTask" else (200, {"taskArns": []})
+        inside, self.inside = self.inside, None
+        if inside:
+            inside()
+        if self.answers:
+            given = self.answers.pop(0)
+            if isinstance(given, Exception):
+                raise given
+            status, reply = given
+        raw: Any = _Body(json.dumps(reply).encode())
+        return AWSResponse(request.url, status, HTTPHeaders(), raw)
+
+    def _run(self, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        token = asked["clientToken"]
+        arn = f"arn:task/{token[:8]}"
+        if self.tasks.setdefault(token, asked) != asked:
+            return 400, {"__type": "ConflictException", "message": "another request", "resourceIds": [arn]}
+        return 200, {"tasks": [{"taskArn": arn}], "failures": []}
+
+    def requests(self, call: str = "RunTask") -> list[dict[str, Any]]:
+        return [asked for name, asked in self.asked if name == call]
+
+
+class Room:
+    """One held turn, its launcher and its observer."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.store, self.ecs, self.sent, self.woken = store, Ecs(), list[tuple[str, int]](), list[str]()
+        self.sandboxes: Sandboxes = wiring.sandboxes(CONFIG)
+        answer: Any = self.ecs.answer  # botocore's stubs know no handler that answers
+        self.sandboxes._client.meta.events.register("before-send.ecs", answer)
+        tickets = (f"TICKET-{n}" for n in range(9))
+        self.launcher = Launcher(CONFIG, store, self.sandboxes, lambda: NOW, lambda: next(tickets))
+        queue: Any = self
+        self.observer = Observer(CONFIG, store, queue, self.woken.append, lambda: NOW)
+        work = Work.model_validate(
+            {
+                "id": "w",
+                "environment_id": "env_1",
+                "data": {"type": "session", "id": "w"},
+                "state": "queued",
+                "secret": "SESSION-TOKEN",
+            }
+        )
+        received = store.save(lifecycle.open_turn(None, work, now=NOW, owner="me", until=NOW, shard="0"))
+        store.save(lifecycle.held(received, NOW))
+
+    def send(self, record: Record) -> None:
+        self.sent.append((record.work_id, record.attempt))
+
+    def record(self) -> Record:
+        record = self.store.get("w")
+        assert record
+        return record
+
+    def told(self, status: str, version: int, reason: str | None = None, exit_code: int | None = None) -> None:
+        container = {"name": "sandbox"} | ({} if exit_code is None else {"exitCode": exit_code})
+        detail = {"taskArn": "arn:task/1", "startedBy": f"w/{NOW}/1", "lastStatus": status, "version": version}
+        self.observer.observe(detail | {"stoppedReason": reason, "containers": [container]})
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+@pytest.fixture
+def room() -> Room:
+    return Room(MemoryStore())
+
+
+class Interfered(MemoryStore):
+    """Another actor writes just before our write, as often as there are `moves`."""
+
+    moves: list[Callable[[Record], Record]]
+
+    def save(self, record: Record) -> Record:
+        if getattr(self, "moves", []):
+            move, now_there = self.moves.pop(0), self.get(record.work_id)
+            assert now_there
+            super().save(move(now_there))
+        return super().save(record)
+
+
+def noted(record: Record) -> Record:
+    return record.noted(NOW, "something else")
+
+
+def stopped(record: Record) -> Record:
+    return lifecycle.want_stop(record, lifecycle.LEASE_LOST, NOW)
+
+
+@pytest.mark.parametrize(("move", "launched"), [(noted, 1), (stopped, 0)])
+def test_a_launch_is_decided_anew_when_another_wrote_first(move: Callable[[Record], Record], launched: int) -> None:
+    """FIELD_NOTES 7: only the conditional write says whether a launch is still due, never an earlier look."""
+    store = Interfered()
+    room = Room(store)
+    store.moves = [move]
+    room.launcher.launch(MESSAGE)
+    assert len(room.ecs.requests()) == launched
+    assert room.record().phase is (Phase.LAUNCHING if launched else Phase.STOPPING)
+
+
+def test_a_launch_that_cannot_be_written_comes_back() -> None:
+    """FIELD_NOTES 7: the message was silently acked."""
+    store = Interfered()
+    room = Room(store)
+    store.moves = [noted] * 100
+    with pytest.raises(Conflict):
+        room.launcher.launch(MESSAGE)
+    assert room.ecs.asked == []
+
+
+def test_a_task_that_was_accepted_and_never_ran_is_launched_again(room: Room) -> None:
+    """FIELD_NOTES 8: a turn is not served because RunTask said 200."""
+    room.launcher.launch(MESSAGE)
+    assert room.record().phase is Phase.LAUNCHING
+    room.told("STOPPED", 3, "Timeout waiting for network interface provisioning to complete.")
+    assert (room.record().phase, room.record().attempt) == (Phase.HELD, 2)
+    assert room.sent == [("w", 2)]
+
+
+def test_a_task_without_a_free_address_is_launched_again_in_any_subnet(room: Room) -> None:
+    """FIELD_NOTES 15: RunTask said 200, the reason came with the STOPPED task."""
+    room.launcher.launch(MESSAGE)
+    room.told("STOPPED", 3, "Unexpected EC2 error: InsufficientFreeAddressesInSubnet: subnet-a has no free addresses")
+    assert (room.record().phase, room.record().attempt) == (Phase.HELD, 2)
+    room.launcher.launch(MESSAGE.model_copy(update={"attempt": 2}))
+    for asked in room.ecs.requests():
+        assert asked["networkConfiguration"]["awsvpcConfiguration"]["subnets"] == ["subnet-a", "subnet-b"]
+
+
+REFUSED = [
+    (400, {"__type": "ThrottlingException", "message": "Rate exceeded"}),
+    (400, {"__type": "InvalidParameterException", "message": "Rate exceeded"}),
+    (200, {"tasks": [], "failures": [{"reason": "InvalidParameterException: Rate exceeded"}]}),
+    (500, {"__type": "ServerException", "message": "Service Unavailable. Please try again later."}),
+]
+
+
+@pytest.mark.parametrize("answer", REFUSED)
+def test_a_throttled_launch_is_asked_for_once_and_put_off(room: Room, answer: tuple[int, dict[str, Any]]) -> None:
+    """FIELD_NOTES 12, 13: botocore's retries burned the launch quota; a throttle may come under another name."""
+    room.ecs.answers = [answer]
+    with pytest.raises(PutOff):
+        room.launcher.launch(MESSAGE)
+    assert len(room.ecs.requests()) == 1
+    assert (room.record().phase, room.record().stop_reason) == (Phase.LAUNCHING, None)
+    room.launcher.launch(MESSAGE)
+    assert room.record().task_arn
+
+
+def test_a_launch_whose_reply_was_lost_finds_its_task_again(room: Room) -> None:
+    """FIELD_NOTES 16: RunTask "failed" though the task had started; the retry made a ghost."""
+    room.ecs.answers = [ReadTimeoutError(endpoint_url="ecs")]
+    with pytest.raises(ReadTimeoutError):
+        room.launcher.launch(MESSAGE)
+    assert len(room.ecs.requests()) == 1
+    room.launcher.launch(MESSAGE)
+    first, second = room.ecs.requests()
+    assert first["clientToken"] == second["clientToken"]
+    assert first["startedBy"] == second["startedBy"] == f"w/{NOW}/1"
+    [token] = room.ecs.tasks
+    assert room.record().task_arn == f"arn:task/{token[:8]}"
+
+
+def test_two_launchers_of_one_message_start_one_task(room: Room) -> None:
+    """FIELD_NOTES 22: an idempotency lock that ran out let the side effect happen twice; we hold none."""
+    room.ecs.inside = lambda: room.launcher.launch(MESSAGE)
+    room.launcher.launch(MESSAGE)
+    assert len(room.ecs.requests()) == 2
+    [token] = room.ecs.tasks
+    assert room.record().task_arn == f"arn:task/{token[:8]}"
+    assert room.ecs.requests("StopTask") == []
+
+
+def test_the_arn_is_stored_before_anything_is_waited_for_and_an_ended_task_is_not_run_again(room: Room) -> None:
+    """FIELD_NOTES 17: finished tasks were rerun; STOPPED wins over whatever is told later."""
+    room.launcher.launch(MESSAGE)
+    assert room.record().task_arn
+    room.told("STOPPED", 5, exit_code=0)
+    ended = room.record()
+    assert (ended.phase, ended.dead) == (Phase.STOPPING, True)
+    room.told("RUNNING", 4)
+    room.launcher.launch(MESSAGE)
+    assert room.record() == ended
+    assert len(room.ecs.requests()) == 1
+
+
+def test_a_task_is_looked_for_among_the_stopped_ones_too(room: Room) -> None:
+    """FIELD_NOTES 17: only running tasks were seen."""
+    room.sandboxes.find(f"w/{NOW}/1")
+    assert {asked["desiredStatus"] for asked in room.ecs.requests("ListTasks")} == {"RUNNING", "STOPPED"}
+
+
+def test_a_launch_carries_ids_and_a_ticket_and_no_other_secret(room: Room) -> None:
+    """FIELD_NOTES 19: whoever may describe tasks reads their overrides."""
+    room.launcher.launch(MESSAGE)
+    [asked] = room.ecs.requests()
+    [container] = asked["overrides"]["containerOverrides"]
+    given = {variable["name"]: variable["value"] for variable in container["environment"]}
+    assert given == {
+        "FLEET_WORK_ID": "w",
+        "FLEET_TURN": str(NOW),
+        "FLEET_ATTEMPT": "1",
+        "FLEET_TICKET": "TICKET-0",
+    }
+    assert room.record().secret == SecretStr("SESSION-TOKEN")
+    assert "SESSION-TOKEN" not in json.dumps(asked)
+    assert "TICKET-0" not in room.record().model_dump_json()
+
+
+@pytest.mark.parametrize("code", ["InvalidParameterException", "ClientException"])
+def test_a_task_that_is_absent_counts_as_stopped(room: Room, code: str) -> None:
+    """FIELD_NOTES 20: a cancel that failed on a task already gone stayed "cancelling"."""
+    room.ecs.answers = [(400, {"__type": code, "message": "The referenced task was not found."})]
+    room.sandboxes.stop("arn:task/1", "over")
+    assert len(room.ecs.requests("StopTask")) == 1

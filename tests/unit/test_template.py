@@ -1,0 +1,69 @@
+"""What the template must say for a rule of the field to hold; its policies and alarms have tests of their own."""
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.unit import cloudformation, policies
+
+Template = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def template() -> Template:
+    return cloudformation.expand(cloudformation.load(cloudformation.ROOT / "template.yaml"))
+
+
+def of_type(template: Template, kind: str) -> dict[str, dict[str, Any]]:
+    """Properties by logical id; at least one."""
+    resources: dict[str, Any] = template["Resources"]
+    found = {name: one.get("Properties", {}) for name, one in resources.items() if one["Type"] == kind}
+    assert found, kind
+    return found
+
+
+def test_no_function_may_write_parameters_or_secrets(template: Template) -> None:
+    """FIELD_NOTES 11: a parameter-store write a launch was throttled. A session's secret is in its record alone."""
+    actions = policies.allowed_actions(template)
+    assert len(actions) > 20
+    kept_elsewhere = {action for _, action in actions if re.match(r"(ssm|ssmmessages|secretsmanager):", action)}
+    assert kept_elsewhere == {"secretsmanager:GetSecretValue"}
+
+
+def test_launches_are_bounded_at_their_event_source(template: Template) -> None:
+    """FIELD_NOTES 23: reserved concurrency had Lambda's throttling push good messages to the dead letters."""
+    [source] = of_type(template, "AWS::Lambda::EventSourceMapping").values()
+    assert source["ScalingConfig"]["MaximumConcurrency"] >= 2, "the least that SQS takes"
+    assert source["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
+
+
+def test_no_function_reserves_concurrency(template: Template) -> None:
+    """FIELD_NOTES 23, 25: a new account has none to reserve; overlapping runs are harmless instead."""
+    functions = of_type(template, "AWS::Lambda::Function")
+    assert [name for name, function in functions.items() if "ReservedConcurrentExecutions" in function] == []
+
+
+def test_a_launch_message_stays_hidden_while_its_launcher_may_still_run(template: Template) -> None:
+    """FIELD_NOTES 22: six times the function's time-out, as Lambda asks for."""
+    queue = of_type(template, "AWS::SQS::Queue")["LaunchQueue"]
+    launcher = of_type(template, "AWS::Lambda::Function")["LauncherFunction"]
+    assert queue["VisibilityTimeout"] >= 6 * launcher["Timeout"]
+
+
+def test_a_sandbox_has_the_longest_time_to_stop_and_an_init_that_passes_sigterm_on(template: Template) -> None:
+    """FIELD_NOTES 24: 120 s is Fargate's most."""
+    [task] = of_type(template, "AWS::ECS::TaskDefinition").values()
+    [container] = task["ContainerDefinitions"]
+    assert container["StopTimeout"] == {"Ref": "StopTimeoutSeconds"}
+    assert container["LinuxParameters"] == {"InitProcessEnabled": True}
+    parameter = template["Parameters"]["StopTimeoutSeconds"]
+    assert parameter["Default"] == parameter["MaxValue"] == 120
+
+
+def test_the_image_starts_its_runner_without_a_shell_that_would_keep_sigterm() -> None:
+    """FIELD_NOTES 24."""
+    dockerfile = (cloudformation.ROOT / "sandbox" / "Dockerfile").read_text()
+    [entry] = re.findall(r"^ENTRYPOINT (.*)$", dockerfile, re.MULTILINE)
+    assert entry.startswith('["')
+    assert not re.search(r"^(CMD|STOPSIGNAL)\b", dockerfile, re.MULTILINE)
