@@ -106,10 +106,21 @@ class Room:
         assert record
         return record
 
-    def told(self, status: str, version: int, reason: str | None = None, exit_code: int | None = None) -> None:
+    def told(
+        self,
+        status: str,
+        version: int,
+        reason: str | None = None,
+        exit_code: int | None = None,
+        *,
+        attempt: int = 1,
+        stop_code: str | None = None,
+    ) -> None:
+        """ECS's event."""
         container = {"name": "sandbox"} | ({} if exit_code is None else {"exitCode": exit_code})
-        detail = {"taskArn": "arn:task/1", "startedBy": f"w/{NOW}/1", "lastStatus": status, "version": version}
-        self.observer.observe(detail | {"stoppedReason": reason, "containers": [container]})
+        name = {"taskArn": f"arn:task/{attempt}", "startedBy": f"w/{NOW}/{attempt}"}
+        state = {"lastStatus": status, "version": version, "stoppedReason": reason, "stopCode": stop_code}
+        self.observer.observe({**name, **state, "containers": [container]})
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +194,15 @@ def test_a_task_without_a_free_address_is_launched_again_in_any_subnet(room: Roo
     room.launcher.launch(MESSAGE.model_copy(update={"attempt": 2}))
     for asked in room.ecs.requests():
         assert asked["networkConfiguration"]["awsvpcConfiguration"]["subnets"] == ["subnet-a", "subnet-b"]
+
+
+def test_an_interruption_is_no_attempt_of_ours(room: Room) -> None:
+    """Three crashes end a turn, interruptions do not: the session is not to blame."""
+    for attempt in range(1, 3 * CONFIG.max_attempts):
+        room.launcher.launch(MESSAGE.model_copy(update={"attempt": attempt}))
+        room.told("RUNNING", 2, attempt=attempt)
+        room.told("STOPPED", 3, "Your Spot Task was interrupted.", 137, attempt=attempt, stop_code="SpotInterruption")
+        assert (room.record().phase, room.record().attempt) == (Phase.HELD, attempt + 1)
 
 
 REFUSED = [
