@@ -17,7 +17,7 @@ from shared import lifecycle, wiring
 from shared.config import Config
 from shared.launching import Launcher, LaunchMessage, PutOff
 from shared.observing import Observer
-from shared.record import Phase, Record
+from shared.record import Outcome, Phase, Record
 from shared.sandboxes import Sandboxes
 from shared.store import Conflict, MemoryStore
 from shared.work_api import Work
@@ -82,7 +82,7 @@ class Room:
         self.sandboxes: Sandboxes = wiring.sandboxes(CONFIG)
         answer: Any = self.ecs.answer  # botocore's stubs know no handler that answers
         self.sandboxes._client.meta.events.register("before-send.ecs", answer)
-        tickets = (f"TICKET-{n}" for n in range(9))
+        tickets = (f"TICKET-{n}" for n in range(99))
         self.launcher = Launcher(CONFIG, store, self.sandboxes, lambda: NOW, lambda: next(tickets))
         queue: Any = self
         self.observer = Observer(CONFIG, store, queue, self.woken.append, lambda: NOW)
@@ -197,12 +197,19 @@ def test_a_task_without_a_free_address_is_launched_again_in_any_subnet(room: Roo
 
 
 def test_an_interruption_is_no_attempt_of_ours(room: Room) -> None:
-    """Three crashes end a turn, interruptions do not: the session is not to blame."""
+    """`MaxAttempts` counts crashes: the session is not to blame for its host."""
     for attempt in range(1, 3 * CONFIG.max_attempts):
         room.launcher.launch(MESSAGE.model_copy(update={"attempt": attempt}))
         room.told("RUNNING", 2, attempt=attempt)
         room.told("STOPPED", 3, "Your Spot Task was interrupted.", 137, attempt=attempt, stop_code="SpotInterruption")
         assert (room.record().phase, room.record().attempt) == (Phase.HELD, attempt + 1)
+    for crash in range(CONFIG.max_attempts):
+        assert room.record().phase is Phase.HELD, f"after {crash} crashes"
+        attempt = room.record().attempt
+        room.launcher.launch(MESSAGE.model_copy(update={"attempt": attempt}))
+        room.told("RUNNING", 2, attempt=attempt)
+        room.told("STOPPED", 3, exit_code=137, attempt=attempt, stop_code="EssentialContainerExited")
+    assert (room.record().phase, room.record().stop_outcome) == (Phase.STOPPING, Outcome.FAILED)
 
 
 REFUSED = [
