@@ -197,7 +197,7 @@ def test_a_task_without_a_free_address_is_launched_again_in_any_subnet(room: Roo
 
 
 def test_an_interruption_is_no_attempt_of_ours(room: Room) -> None:
-    """`MaxAttempts` counts crashes: the session is not to blame for its host."""
+    """`MaxAttempts` counts crashes: the session is not to blame for its host. The wall clock bounds both."""
     for attempt in range(1, 3 * CONFIG.max_attempts):
         room.launcher.launch(MESSAGE.model_copy(update={"attempt": attempt}))
         room.told("RUNNING", 2, attempt=attempt)
