@@ -163,6 +163,47 @@ def test_an_existing_network_and_a_given_image_make_neither(deployer: Deployer, 
     deployer.delete("existing")
 
 
+def test_a_customers_key_encrypts_queues_logs_and_secrets(deployer: Deployer, default: dict[str, str]) -> None:
+    key = deployer.client("kms").create_key()["KeyMetadata"]["Arn"]
+    outputs = deployer.deploy("keyed", KmsKeyArn=key, SandboxImage=IMAGE)
+    for url in (outputs["QueueUrl"], outputs["DlqUrl"]):
+        queue = deployer.client("sqs").get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
+        assert (queue["KmsMasterKeyId"], queue["SqsManagedSseEnabled"]) == (key, "false")
+    groups = deployer.client("logs").describe_log_groups(logGroupNamePrefix="/keyed/")["logGroups"]
+    assert groups
+    assert {group.get("kmsKeyId") for group in groups} == {key}
+    for arn in (outputs["EnvironmentKeySecretArn"], outputs["WebhookSecretArn"]):
+        assert deployer.client("secretsmanager").describe_secret(SecretId=arn)["KmsKeyId"] == key
+    deployer.delete("keyed")
+
+
+def test_a_customers_key_encrypts_the_table() -> None:
+    """The local AWS makes every table without a key, so this is read from the template."""
+    encryption = _template()["Resources"]["WorkTable"]["Properties"]["SSESpecification"]
+    assert encryption["KMSMasterKeyId"]["Fn::If"][:2] == ["CustomerKey", {"Ref": "KmsKeyArn"}]
+    assert (encryption["SSEEnabled"], encryption["SSEType"]) == (True, "KMS")
+
+
+def test_two_stacks_have_schedules_of_their_own(deployer: Deployer, default: dict[str, str]) -> None:
+    deployer.deploy("second", **EXISTING, SandboxImage=IMAGE)
+    names = ("PollerFunctionEveryMinute", "JanitorFunctionEveryFiveMinutes")
+    schedules = [deployer.resources(name)[schedule] for name in (stack.STACK, "second") for schedule in names]
+    known = {one["Name"] for one in deployer.client("scheduler").list_schedules()["Schedules"]}
+    assert set(schedules) <= known
+    assert len(set(schedules)) == 4
+    deployer.delete("second")
+
+
+def test_a_later_deploy_leaves_the_values_of_the_secrets(deployer: Deployer, default: dict[str, str]) -> None:
+    secrets = deployer.client("secretsmanager")
+    put = {default[name]: f"put-for-{name}" for name in ("EnvironmentKeySecretArn", "WebhookSecretArn")}
+    for arn, value in put.items():
+        secrets.put_secret_value(SecretId=arn, SecretString=value)
+    for retention in ("30", "60"):  # an update, and another from the state that the first one left
+        deployer.deploy(stack.STACK, LogRetentionDays=retention)
+    assert {arn: secrets.get_secret_value(SecretId=arn)["SecretString"] for arn in put} == put
+
+
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
@@ -186,6 +227,7 @@ def test_an_existing_network_and_a_given_image_make_neither(deployer: Deployer, 
         ({"AllowedDomains": "https://example.com"}, "domain names joined by commas without spaces"),
         ({"SandboxImage": "sandbox"}, "an image URI with a tag or a digest"),
         ({"SandboxImageRevision": "of today"}, "up to 20 letters and digits"),
+        ({"KmsKeyArn": "alias/fleet"}, "the ARN of a KMS key, not of an alias"),
         ({"LeaseTtlSeconds": "10"}, "LeaseTtlSeconds"),
         ({"EnvironmentId": ""}, "an environment id, such as env_01ABC"),
     ],

@@ -24,6 +24,8 @@ WITHOUT_RESOURCE: dict[str, tuple[str | None, str]] = {
     "ecs:ListTasks": ("ecs:cluster", "its only resource type is a container instance, which Fargate has none of"),
     "ecr:GetAuthorizationToken": (None, "knows neither resource nor condition; the token opens only what IAM allows"),
 }
+# The services that may use the customer's key for a function; logs use it by the key's own policy
+KEY_USERS = {"dynamodb", "sqs", "secretsmanager"}
 # What parliament says that does not hold, by its finding and what it is about, and why
 NOT_A_FAULT = {
     ("NO_VERSION", "FunctionEvery"): "SAM writes schedules' roles so; without variables every version means the same",
@@ -185,7 +187,7 @@ def _statement_faults(policy: Policy, known: frozenset[str]) -> Iterator[str]:
             continue
         if policy.kind == "identity":
             yield from _resource_faults(statement, actions, conditions, known)
-        yield from _ecs_faults(statement, actions, known)
+        yield from _action_faults(statement, actions, known)
 
 
 def _resource_faults(
@@ -201,7 +203,7 @@ def _resource_faults(
             yield f"{actions} on {resource}, which is no one resource of this template"
 
 
-def _ecs_faults(statement: dict[str, Any], actions: list[str], known: frozenset[str]) -> Iterator[str]:
+def _action_faults(statement: dict[str, Any], actions: list[str], known: frozenset[str]) -> Iterator[str]:
     condition = statement.get("Condition", {})
     equal, cluster = condition.get("StringEquals", {}), condition.get("ArnEquals", {}).get("ecs:cluster", "")
     for action in actions:
@@ -209,6 +211,10 @@ def _ecs_faults(statement: dict[str, Any], actions: list[str], known: frozenset[
             case "iam", "passrole":
                 if condition != {"StringEquals": {"iam:PassedToService": "ecs-tasks.amazonaws.com"}}:
                     yield "iam:PassRole to more than ECS tasks"
+            case "kms", _:
+                via = as_list(equal.get("kms:ViaService", []))
+                if not via or {str(service).split(".")[0] for service in via} - KEY_USERS:
+                    yield f"{action} other than through {sorted(KEY_USERS)}"
             case "ecs", "tagresource":  # knows no ecs:cluster
                 if equal.get("ecs:CreateAction") != "RunTask":
                     yield "ecs:TagResource for more than RunTask"

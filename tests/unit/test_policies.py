@@ -31,7 +31,7 @@ def test_every_waiver_is_still_needed(template: Template, monkeypatch: pytest.Mo
 
 def test_every_condition_that_a_policy_depends_on_is_tried_both_ways(template: Template) -> None:
     outcomes = cloudformation.outcomes(template)
-    assert outcomes.keys() >= {"CreateSecret", "HandOverKey"}
+    assert outcomes.keys() >= {"CreateSecret", "HandOverKey", "CustomerKey"}
     assert [name for name, values in outcomes.items() if values != {True, False}] == []
 
 
@@ -67,7 +67,7 @@ def test_the_execution_role_pulls_from_the_images_repository_only(
 def statement(template: Template, role: str, action: str) -> dict[str, Any]:
     """The statement of a role that grants an action."""
     (policy,) = template["Resources"][role]["Properties"]["Policies"]
-    (found,) = (s for s in policy["PolicyDocument"]["Statement"] if action in policies.as_list(s["Action"]))
+    (found,) = (s for s in policy["PolicyDocument"]["Statement"] if action in policies.as_list(s.get("Action", [])))
     assert isinstance(found, dict)
     return found
 
@@ -161,6 +161,28 @@ def run_task_in_any_cluster(t: Template) -> None:
 
 def tags_at_any_time(t: Template) -> None:
     del statement(t, "LauncherRole", "ecs:TagResource")["Condition"]
+
+
+def key_statement(t: Template, role: str) -> dict[str, Any]:
+    """The statement that lets a role use the customer's key."""
+    (policy,) = properties(t, role)["Policies"]
+    (found,) = (
+        s["Fn::If"][1] for s in policy["PolicyDocument"]["Statement"] if s.get("Fn::If", [""])[0] == "CustomerKey"
+    )
+    assert isinstance(found, dict)
+    return found
+
+
+def key_used_directly(t: Template) -> None:
+    del key_statement(t, "KeeperRole")["Condition"]
+
+
+def key_used_through_another_service(t: Template) -> None:
+    key_statement(t, "KeeperRole")["Condition"]["StringEquals"]["kms:ViaService"].append("s3.us-east-1.amazonaws.com")
+
+
+def any_key(t: Template) -> None:
+    key_statement(t, "KeeperRole")["Resource"] = "*"
 
 
 def shared_role(t: Template) -> None:
@@ -257,6 +279,9 @@ def intrinsic_that_cannot_be_read(t: Template) -> None:
         (pass_role_to_another_service, ["LauncherRole: iam:PassRole to more than ECS tasks"]),
         (run_task_in_any_cluster, ["LauncherRole: ecs:RunTask outside the cluster"]),
         (tags_at_any_time, ["LauncherRole: ecs:TagResource for more than RunTask"]),
+        (key_used_directly, ["KeeperRole: kms:Decrypt other than through"]),
+        (key_used_through_another_service, ["KeeperRole: kms:Decrypt other than through"]),
+        (any_key, ["KeeperRole: wildcard resource for kms:Decrypt"]),
         (
             shared_role,
             ["StopperRole: a role is for one resource", "KeeperRole: a role is for one resource, this one for []"],
