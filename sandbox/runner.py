@@ -9,6 +9,7 @@ knows.
 """
 
 import asyncio
+import ctypes
 import enum
 import logging
 import math
@@ -169,6 +170,27 @@ def scrub_environment(environ: MutableMapping[str, str]) -> None:
     for name in list(environ):
         if name.startswith("ANTHROPIC_") or (name.startswith("FLEET_") and name not in _TOOLS_MAY_SEE):
             del environ[name]
+
+
+# prctl(2), by the numbers of <linux/prctl.h>
+_PROTECTIONS = (("PR_SET_DUMPABLE", 4, 0), ("PR_SET_NO_NEW_PRIVS", 38, 1))
+
+
+def protect_process() -> None:
+    """Keep this process's memory, first environment and files from its tools, which are of the same user.
+
+    Without dumpability `/proc` and ptrace refuse them, and the SDK's file tools, which run in this process, are refused
+    `/proc/self` in the image, where it is not root. A tool is dumpable again, and can gain no privilege by a setuid
+    program. Linux only. A failure is logged and the turn goes on: Fargate's kernel knows both, so only another host's
+    system call filter can forbid them, and refusing every session there would protect none.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    for name, option, value in _PROTECTIONS:
+        if libc.prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0))) != 0:
+            why = os.strerror(ctypes.get_errno())
+            say(logging.ERROR, "process not protected from its tools", option=name, error=why)
 
 
 # --- ending a turn early ----------------------------------------------------------------------------------
@@ -430,6 +452,7 @@ def ends_in_unserved_work(events: Iterable[object]) -> bool:
 def main() -> ExitCode:
     """Run the sandbox's one turn; every error becomes one line and an exit code."""
     formatter = configure_logging()
+    protect_process()
     known: list[tuple[type[Exception], ExitCode]] = [
         (ConfigurationError, ExitCode.BAD_CONFIGURATION),
         (TicketRefused, ExitCode.TICKET_REFUSED),

@@ -29,6 +29,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 WAIT_SECONDS = 60.0
+# The task definition drops all capabilities: with root's, a tool would be refused nothing
+AS_IN_A_TASK = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
 TICKET, CALLBACK_SECRET = "ticket-that-nobody-may-see", "callback-secret-that-nobody-may-see"
 
 
@@ -188,7 +190,7 @@ class Sandbox:
             "ANTHROPIC_LOG": "debug",
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "runner"],
+            [*AS_IN_A_TASK, sys.executable, "-P", "-m", "runner"],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -266,6 +268,19 @@ def test_tools_find_no_ticket_token_or_key_in_their_environment(sandbox: Sandbox
     token = sandbox.between.stop_credentials[0].removeprefix("Bearer ")
     for secret in (TICKET, CALLBACK_SECRET, token, "another-credential"):
         assert secret not in shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc and prctl are Linux's")
+def test_tools_can_look_into_nothing_of_the_runner(sandbox: Sandbox) -> None:
+    looks = [bash(f"cat /proc/$PPID/{what}") for what in ("environ", "mem", "maps", "fd/0")]
+    sandbox.start(*looks, bash("cat /proc/$PPID/comm; grep NoNewPrivs /proc/self/status"))
+    assert sandbox.ends() is ExitCode.FINISHED
+    *refused, shown = sandbox.between.result_texts
+    assert ["Permission denied" in text for text in refused] == [True] * 4, refused
+    assert "not protected" not in sandbox.output
+    parent, _, no_new_privileges = shown.partition("\n")
+    assert parent.startswith("python")
+    assert no_new_privileges.split() == ["NoNewPrivs:", "1"]
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]])

@@ -114,6 +114,17 @@ def test_tools_and_the_sdk_find_no_credential_in_the_environment(environ: dict[s
     assert set(environ) == {"FLEET_WORK_ID", "FLEET_TURN", "FLEET_ATTEMPT", "PATH", "HOME"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_protection_that_the_kernel_refuses_is_logged_and_the_turn_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging()
+    monkeypatch.setattr(runner, "_PROTECTIONS", (("PR_NONE", -1, 0),))
+    runner.protect_process()
+    line = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert (line["level"], line["option"], line["error"]) == ("ERROR", "PR_NONE", "Invalid argument")
+
+
 def test_bad_configuration_ends_with_one_clear_line_and_its_own_code() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "runner"],
