@@ -4,6 +4,7 @@ One local AWS: `sam deploy` for the defaults, then the template that it packaged
 recorded (local/aws/recorded.py) are linted, not tried.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,36 @@ def test_a_later_deploy_leaves_the_values_of_the_secrets(deployer: Deployer, def
     assert {arn: secrets.get_secret_value(SecretId=arn)["SecretString"] for arn in put} == put
 
 
+def test_a_sandbox_is_hardened_and_gets_the_disk_asked_for() -> None:
+    """The local AWS drops most of this, so it is read from the template."""
+    task = _template()["Resources"]["SandboxTask"]["Properties"]
+    (container,) = task["ContainerDefinitions"]
+    assert container["ReadonlyRootFilesystem"] is True
+    assert container["LinuxParameters"] == {"InitProcessEnabled": True, "Capabilities": {"Drop": ["ALL"]}}
+    assert "User" not in container  # the image's own, which is not root
+    dockerfile = (stack.ROOT / "sandbox/Dockerfile").read_text()
+    (volumes,) = (json.loads(line.removeprefix("VOLUME")) for line in dockerfile.splitlines() if "VOLUME [" in line)
+    assert [mount["ContainerPath"] for mount in container["MountPoints"]] == volumes, "no VOLUME: it would be root's"
+    assert [mount["SourceVolume"] for mount in container["MountPoints"]] == [v["Name"] for v in task["Volumes"]]
+    assert "\nUSER 10001:10001\n" in dockerfile
+    assert task["EphemeralStorage"]["Fn::If"][:2] == ["MoreStorage", {"SizeInGiB": {"Ref": "EphemeralStorageGiB"}}]
+
+
+def test_only_the_functions_that_anybody_can_call_are_limited() -> None:
+    """The local AWS keeps no reserved concurrency, so this is read from the template."""
+    functions = {
+        name: resource["Properties"]
+        for name, resource in _template()["Resources"].items()
+        if resource["Type"] == "AWS::Serverless::Function"
+    }
+    limits = {
+        name: f["ReservedConcurrentExecutions"] for name, f in functions.items() if "ReservedConcurrentExecutions" in f
+    }
+    assert limits.keys() == {name for name, given in functions.items() if "FunctionUrlConfig" in given}
+    for limit in limits.values():
+        assert limit == {"Fn::If": ["LimitPublic", {"Ref": "PublicConcurrency"}, {"Ref": "AWS::NoValue"}]}
+
+
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
@@ -228,6 +259,7 @@ def test_a_later_deploy_leaves_the_values_of_the_secrets(deployer: Deployer, def
         ({"SandboxImage": "sandbox"}, "an image URI with a tag or a digest"),
         ({"SandboxImageRevision": "of today"}, "up to 20 letters and digits"),
         ({"KmsKeyArn": "alias/fleet"}, "the ARN of a KMS key, not of an alias"),
+        ({"EphemeralStorageGiB": "201"}, "EphemeralStorageGiB"),
         ({"LeaseTtlSeconds": "10"}, "LeaseTtlSeconds"),
         ({"EnvironmentId": ""}, "an environment id, such as env_01ABC"),
     ],

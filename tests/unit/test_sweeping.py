@@ -376,6 +376,22 @@ def test_a_task_is_swept_unless_the_record_s_current_attempt_names_it(
     assert (arn in room.ecs.stopped) is swept
 
 
+def test_a_sandbox_is_started_without_ecs_exec(room: Room) -> None:
+    from shared.sandboxes import Sandboxes
+
+    asked: list[dict[str, Any]] = []
+
+    class Client:
+        def run_task(self, **request: Any) -> dict[str, Any]:
+            asked.append(request)
+            return {"tasks": [{"taskArn": "arn:task/1"}], "failures": []}
+
+    client: Any = Client()
+    config = CONFIG.model_copy(update={"subnets": "subnet-a", "security_groups": "sg-a"})
+    Sandboxes(client, config).run(room.record(Phase.LAUNCHING), "ticket")
+    assert not asked[0].get("enableExecuteCommand")
+
+
 def test_a_hundred_tasks_are_described_at_once() -> None:
     """FIELD_NOTES 18."""
     from shared.sandboxes import Sandboxes
