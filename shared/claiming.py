@@ -47,7 +47,8 @@ class LaunchQueue:
 
     def send(self, record: Record) -> None:
         body = {"work_id": record.work_id, "turn": record.turn, "attempt": record.attempt}
-        self._client.send_message(QueueUrl=self._url, MessageBody=json.dumps(body))
+        delay = lifecycle.relaunch_delay(record)
+        self._client.send_message(QueueUrl=self._url, MessageBody=json.dumps(body), DelaySeconds=delay)
 
 
 @dataclass
@@ -197,7 +198,8 @@ class Claimer:
         record = self.store.get(work_id)
         if record is None:
             return False
-        if record.phase is Phase.HELD and now - record.timeline[-1].at > _RESEND_AFTER_MS:
+        wait = _RESEND_AFTER_MS + lifecycle.relaunch_delay(record) * 1000
+        if record.phase is Phase.HELD and now - record.timeline[-1].at > wait:
             self.queue.send(record)
             return True
         if record.phase is not Phase.RECEIVED or record.claim_until > now:

@@ -36,6 +36,8 @@ class Config(BaseModel):
     max_attempts: int = 3
     start_timeout_seconds: int = 600
     breaker_max_hold_seconds: int = 3_600
+    launch_timeout_seconds: int = 1_800
+    spot_weight: int = 0
     session_timeout_seconds: int = 14_400
     stall_timeout_seconds: int = 3_600
     stop_timeout_seconds: int = 120

@@ -2,8 +2,9 @@
 
 import hashlib
 import secrets
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,6 +27,10 @@ class LaunchMessage(BaseModel):
     attempt: int
 
 
+LAUNCHES_A_SECOND = 10  # of one launcher: RunTask's sustained 20/s is shared by the two that the template allows
+_LONGEST_REASON = 300
+
+
 class PutOff(Exception):
     """ECS cannot start it now: the message must come back."""
 
@@ -37,11 +42,13 @@ class Launcher:
     sandboxes: Sandboxes
     now: Callable[[], int]
     new_ticket: Callable[[], str] = lambda: secrets.token_urlsafe(32)
+    sleep: Callable[[float], None] = time.sleep
+    _next_launch_at: int = field(default=0, init=False)
 
     def launch(self, message: LaunchMessage) -> None:
         """Launch, or drop a message whose moment is over. Raises PutOff; other errors are retried as well."""
         ticket = self.new_ticket()
-        now = self.now()
+        now = self._paced()
         gate = self.store.breaker()
         record = change(
             self.store,
@@ -65,9 +72,11 @@ class Launcher:
         try:
             arn = self.sandboxes.run(record, ticket)
         except LaunchFailed as failure:
+            why = str(failure)[:_LONGEST_REASON]
             if failure.problem is not LaunchProblem.PERMANENT:
-                raise PutOff(f"{message.work_id}: {failure}") from None
-            self._failed(record, message, f"{failure}. {advice(str(failure))}")
+                self._note_refusal(message, why, no_room=failure.problem is LaunchProblem.CAPACITY)
+                raise PutOff(f"{message.work_id}: {why}") from None
+            self._failed(record, message, f"{why}. {advice(str(failure))}")
             return
         self._store_arn(message, arn)
 
@@ -87,15 +96,31 @@ class Launcher:
             raise PutOff(f"{message.work_id}: {why}") from None
         log.error("launch failed; held back until the cause is mended", **message.model_dump(), error=why)
 
+    def _paced(self) -> int:
+        """The time now, once RunTask may be called; before the record is written, so that its times stay true."""
+        wait = min(self._next_launch_at - self.now(), 1000 // LAUNCHES_A_SECOND)
+        if wait > 0:
+            self.sleep(wait / 1000)
+        now = self.now()
+        self._next_launch_at = now + 1000 // LAUNCHES_A_SECOND
+        return now
+
+    def _note_refusal(self, message: LaunchMessage, why: str, *, no_room: bool) -> None:
+        def note(record: Record) -> Record | None:
+            if not lifecycle.is_current(record, message.turn, message.attempt):
+                return None
+            return lifecycle.put_off(record, why, self.now(), no_room=no_room)
+
+        change(self.store, message.work_id, note)
+
     def _give_up(self, message: LaunchMessage, why: str) -> None:
-        """A retry may follow a task that did start: death is proved by the stopper, from now on."""
         now = self.now()
         wish = StopWish(f"the sandbox cannot be launched: {why}", Outcome.LAUNCH_FAILED, post=True)
 
         def stop(record: Record) -> Record | None:
             if not lifecycle.is_current(record, message.turn, message.attempt):
                 return None
-            return lifecycle.want_stop(record, wish, now).model_copy(update={"launch_until": now})
+            return lifecycle.give_up_launch(record, wish, now)
 
         change(self.store, message.work_id, stop)
         log.error("launch failed for good", **message.model_dump(), error=why)

@@ -3,6 +3,7 @@
 Others carry out what is decided here (DESIGN §3). All times are epoch milliseconds.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +23,8 @@ LONGEST_INTERVAL_MS = 30_000
 CLAIM_WINDOW_SECONDS = 30  # how long after our ack a claim can still be our own (DESIGN §5, rule 4)
 OWN_EXIT_GRACE_MS = 5_000
 ROUND_MS = 30_000
+MOST_INTERRUPTIONS = 2  # of one turn on Spot capacity; then it goes on demand
+_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 5, 240
 TOO_SOON_MS = 10_000
 SECOND_LOOK_MS = 120_000  # well under the janitor's round, well over two runs that happen to overlap
 STRAND_AGE_MS = 900_000  # no lease lives so long without a beat
@@ -109,7 +112,7 @@ def acked(record: Record, acknowledged_at: str | None, now: int) -> Record:
 
 
 def held(record: Record, now: int) -> Record:
-    return record.noted(now, "held", phase=Phase.HELD, claim_owner="", claim_until=0)
+    return record.noted(now, "held", phase=Phase.HELD, claim_owner="", claim_until=0, sandbox_wanted_since=now)
 
 
 def first_lease(record: Record, beat: Heartbeat, sent_at: int) -> Lease:
@@ -294,7 +297,10 @@ def parse_started_by(text: str) -> tuple[str, int, int] | None:
 
 
 def begin_launch(record: Record, turn: int, attempt: int, *, ticket_hash: str, now: int, until: int) -> Record | None:
-    """`launching`, written before RunTask. A redelivery of the same attempt may go on until the arn is stored."""
+    """`launching`, written before RunTask. A redelivery of the same attempt may go on until the arn is stored.
+
+    Each try gets its full start time: how long ECS may refuse is the launch deadline's matter (launch_overdue).
+    """
     if (record.turn, record.attempt) != (turn, attempt):
         return None
     again = record.phase is Phase.LAUNCHING and record.task_arn is None
@@ -305,9 +311,48 @@ def begin_launch(record: Record, turn: int, attempt: int, *, ticket_hash: str, n
         "launching again" if again else "launching",
         phase=Phase.LAUNCHING,
         started_by=started_by(record.work_id, turn, attempt),
-        launch_until=record.launch_until if again else until,
+        launch_until=until,
         ticket_hashes=(*record.ticket_hashes, ticket_hash)[-5:],
     )
+
+
+def put_off(record: Record, why: str, now: int, *, no_room: bool) -> Record | None:
+    """ECS started nothing now; the same attempt is tried again. `no_room`: elsewhere there may be some."""
+    if record.phase is not Phase.LAUNCHING or record.task_arn is not None:
+        return None
+    return record.noted(now, f"put off: {why}", put_off=why, refusals=record.refusals + no_room)
+
+
+def on_spot(record: Record, spot_weight: int) -> bool:
+    """Whether this attempt asks for Spot capacity; `spot_weight` is a percentage of the attempts.
+
+    Drawn from the attempt's name, so that a retried launcher asks for the same. A turn that was interrupted twice, or
+    for which there was no room once, goes on demand (DESIGN §7).
+    """
+    if record.interruptions >= MOST_INTERRUPTIONS or record.refusals:
+        return False
+    name = started_by(record.work_id, record.turn, record.attempt)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % 100 < spot_weight
+
+
+def subnets_to_try(record: Record, subnets: list[str]) -> list[str]:
+    """All of them; after a refusal one after the other alone, each turn beginning at its own, then all again.
+
+    ECS chooses among those given whatever room they have (FIELD_NOTES 15), so only one given alone is surely tried.
+    """
+    first = record.turn % len(subnets)
+    choices = [subnets, *([subnet] for subnet in subnets[first:] + subnets[:first])]
+    return choices[record.refusals % len(choices)]
+
+
+def growing_delay(tries: int) -> int:
+    """Seconds until the next try after so many that failed."""
+    return min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS << max(0, min(tries - 1, 10)))
+
+
+def relaunch_delay(record: Record) -> int:
+    """Seconds that the launch message of this attempt waits: only when its predecessors found no room."""
+    return growing_delay(record.never_started) if record.never_started else 0
 
 
 def is_current(record: Record, turn: int, attempt: int) -> bool:
@@ -375,11 +420,13 @@ def after_container_stopped(
     unstopped = exit_code == NOT_STOPPED or record.phase is Phase.STOPPING
     why = "its item could not be stopped" if unstopped else record.restart_reason or diagnosis.summary
     interrupted = diagnosis.kind is Kind.INTERRUPTED
-    if not interrupted and record.attempt - record.interruptions - record.refused >= max_attempts:
+    no_room = diagnosis.kind is Kind.LAUNCH_CAPACITY  # bounded by the launch deadline
+    counted = record.attempt - record.interruptions - record.never_started - record.refused
+    if not interrupted and not no_room and counted >= max_attempts:
         outcome = Outcome.TIMED_OUT if record.restart_reason else Outcome.FAILED
         wish = StopWish(f"attempt {record.attempt} failed: {why}", outcome, post=True)
         return _ended(told.model_copy(update={"phase": Phase.RUNNING}), now, wish)
-    return _next_attempt(told, now, why, interrupted=interrupted)
+    return _next_attempt(told, now, why, interrupted=interrupted, no_room=no_room)
 
 
 def _ended(record: Record, now: int, wish: StopWish) -> Record:
@@ -390,16 +437,20 @@ def _ended(record: Record, now: int, wish: StopWish) -> Record:
 def held_back(record: Record, now: int, why: str) -> Record:
     """`held` again, as another attempt that does not count; nothing of this one runs."""
     refused = {"refused": record.refused + 1, "refused_since": record.refused_since or now}
-    return _next_attempt(record, now, why, interrupted=False).model_copy(update=refused)
+    return _next_attempt(record, now, why, interrupted=False, no_room=False).model_copy(update=refused)
 
 
-def _next_attempt(record: Record, now: int, why: str, *, interrupted: bool) -> Record:
+def _next_attempt(record: Record, now: int, why: str, *, interrupted: bool, no_room: bool) -> Record:
     return record.noted(
         now,
         f"attempt {record.attempt} ended ({why}); relaunching",
         phase=Phase.HELD,
         attempt=record.attempt + 1,
         interruptions=record.interruptions + interrupted,
+        never_started=record.never_started + no_room,
+        refusals=record.refusals + no_room,
+        put_off=why if no_room else None,
+        sandbox_wanted_since=record.sandbox_wanted_since if no_room else now,
         started_by=None,
         task_arn=None,
         launch_until=None,
@@ -452,10 +503,20 @@ def want_stop(record: Record, wish: StopWish, now: int) -> Record:
     )
 
 
-def never_launched(record: Record, now: int) -> Record:
-    """The launch deadline is over and no task of this attempt exists: nothing runs, nothing will."""
-    wish = StopWish("no sandbox could be started before the launch deadline", Outcome.LAUNCH_FAILED, post=True)
-    return _ended(record, now, wish)
+def give_up_launch(record: Record, wish: StopWish, now: int) -> Record:
+    """A retry may follow a task that did start: its death is proved by the stopper, from now on."""
+    return want_stop(record, wish, now).model_copy(update={"launch_until": now})
+
+
+def launch_overdue(record: Record, config: Config, now: int) -> StopWish | None:
+    """The launch deadline: a turn that no task serves, and that ECS has put off or nobody launched for too long."""
+    waits = record.phase is Phase.HELD or (record.phase is Phase.LAUNCHING and record.task_arn is None)
+    since = record.sandbox_wanted_since or record.turn
+    if not waits or now < since + config.launch_timeout_seconds * 1000:
+        return None
+    why = f": {record.put_off}" if record.put_off else ""
+    reason = f"no sandbox could be started within {config.launch_timeout_seconds} s{why}"
+    return StopWish(reason, Outcome.LAUNCH_FAILED, post=True)
 
 
 def overdue(record: Record, config: Config, now: int) -> StopWish | None:
@@ -481,12 +542,12 @@ def needs_stopper(entry: LiveEntry, config: Config, now: int) -> bool:
     match entry.phase:
         case Phase.STOPPING:
             return True
+        case Phase.HELD:
+            return now - entry.turn >= min(config.launch_timeout_seconds, config.session_timeout_seconds) * 1000
         case Phase.LAUNCHING:
-            return now - entry.turn >= config.start_timeout_seconds * 1000
+            return now - entry.turn >= min(config.start_timeout_seconds, config.launch_timeout_seconds) * 1000
         case Phase.RUNNING:
             return now - entry.turn >= config.session_timeout_seconds * 1000
-        case Phase.HELD:
-            return entry.attempt > 1 and now - entry.turn >= config.session_timeout_seconds * 1000
     return False
 
 

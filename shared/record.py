@@ -77,6 +77,12 @@ class Record(BaseModel):
     claim_until: int = 0
     acknowledged_at: str | None = None  # from our own ack's 200 only: the base of the 412 rule
     lease_gone: bool = False  # a poll offered the item again: this turn never posts a stop
+    # launching: kept over the attempts of a turn
+    sandbox_wanted_since: int | None = None  # since when the turn wants a sandbox; the launch deadline counts from here
+    refusals: int = 0  # how often ECS had no room for it: decides subnets, capacity and delay of the next try
+    put_off: str | None = None  # why the last try started nothing
+    interruptions: int = 0
+    never_started: int = 0  # attempts that ECS took and could not start for want of room
     # the sandbox of this attempt
     started_by: str | None = None
     task_arn: str | None = None
@@ -84,7 +90,6 @@ class Record(BaseModel):
     event_version: int = 0
     running_since: int | None = None
     served_since: int | None = None  # when the turn's first sandbox ran: its wall clock, kept over attempts
-    interruptions: int = 0
     # what the session's events say of this attempt (progress.py), as of the janitor's last look
     progress_at: int | None = None
     waits_for: str | None = None  # what only somebody outside the sandbox can give it

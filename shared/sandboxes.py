@@ -8,7 +8,7 @@ from botocore.exceptions import ClientError
 
 from shared.config import Config
 from shared.diagnose import LaunchProblem, classify_failure, classify_launch_error
-from shared.lifecycle import started_by
+from shared.lifecycle import on_spot, started_by, subnets_to_try
 from shared.record import Record
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Sandboxes:
         Nothing but ids and the single-use ticket goes into the overrides (DESIGN §6).
         """
         name = started_by(record.work_id, record.turn, record.attempt)
+        provider = "FARGATE_SPOT" if on_spot(record, self._config.spot_weight) else "FARGATE"
         environment = {
             "FLEET_WORK_ID": record.work_id,
             "FLEET_TURN": str(record.turn),
@@ -50,11 +51,11 @@ class Sandboxes:
                 taskDefinition=self._config.task_definition_arn,
                 clientToken=hashlib.sha256(name.encode()).hexdigest(),
                 startedBy=name,
-                launchType="FARGATE",
+                capacityProviderStrategy=[{"capacityProvider": provider, "weight": 1}],
                 count=1,
                 networkConfiguration={
                     "awsvpcConfiguration": {
-                        "subnets": self._config.subnets.split(","),
+                        "subnets": subnets_to_try(record, self._config.subnets.split(",")),
                         "securityGroups": self._config.security_groups.split(","),
                         "assignPublicIp": "ENABLED" if self._config.assign_public_ip == "ENABLED" else "DISABLED",
                     }

@@ -65,15 +65,17 @@ class Stopper:
 
     def _settle(self, record: Record) -> bool:
         now = self.now()
-        wish = lifecycle.overdue(record, self.config, now)
-        if wish:
+        if wish := lifecycle.overdue(record, self.config, now):
             record = self.store.save(lifecycle.want_stop(record, wish, now))
-        if record.phase is Phase.LAUNCHING and now >= (record.launch_until or now):
-            self._stop_stalled_launch(record)
+        stalled = record.phase is Phase.LAUNCHING and now >= (record.launch_until or now)
+        if stalled and self._stop_stalled_launch(record):
             return False
         if record.phase is Phase.RUNNING and record.restart_reason and record.task_arn:
             self._look_or_stop(record, record.task_arn, record.restart_reason)
             return False
+        wish = lifecycle.launch_overdue(record, self.config, now)
+        if wish and not breaker.keeps(self.store, self.config, record, now, refused=False):
+            record = self.store.save(lifecycle.give_up_launch(record, wish, now))
         if record.phase is not Phase.STOPPING:
             return False
         if lifecycle.stops_before_death(record):
@@ -85,8 +87,8 @@ class Stopper:
             record = after
         return self._finish(record)
 
-    def _stop_stalled_launch(self, record: Record) -> None:
-        """PENDING for too long (FIELD_NOTES 14): stopped, and relaunched once it is dead."""
+    def _stop_stalled_launch(self, record: Record) -> bool:
+        """PENDING for too long (FIELD_NOTES 14): stopped, and relaunched once it is dead. False: there is no task."""
         arn = record.task_arn or self._found(record)
         if arn is not None:
             self._look_or_stop(record, arn, "not running before the start deadline")
@@ -95,6 +97,7 @@ class Stopper:
                 self.store.save(lifecycle.held_back(record, now, "no task was started"))
             else:
                 self.store.save(lifecycle.never_launched(record, now))
+        return arn is not None
 
     def _kill(self, record: Record) -> Record | None:
         """StopTask, then proof of death: STOPPED, or nothing found two rounds past `launch_until`."""

@@ -9,13 +9,12 @@ from pydantic import ValidationError
 from shared import wiring
 from shared.config import Config, from_env
 from shared.launching import Launcher, LaunchMessage, PutOff
+from shared.lifecycle import growing_delay
 from shared.log import log
 from shared.metrics import flushed
 
 if TYPE_CHECKING:
     from types_boto3_sqs import SQSClient
-
-_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 5, 240
 
 
 @cache
@@ -70,7 +69,7 @@ def _launch(message: dict[str, Any]) -> None:
 def _come_back_later(message: dict[str, Any]) -> None:
     try:
         received = int(message["attributes"]["ApproximateReceiveCount"])
-        wait = min(_LONGEST_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2 ** max(0, min(received - 1, 10)))
+        wait = growing_delay(received)
         sqs().change_message_visibility(
             QueueUrl=config().queue_url, ReceiptHandle=message["receiptHandle"], VisibilityTimeout=wait
         )

@@ -117,7 +117,7 @@ class Plane:
             sleep=lambda _: None,
             **parts,
         )
-        self.launcher = Launcher(sandboxes=self.ecs, **parts)  # type: ignore[arg-type]
+        self.launcher = Launcher(sandboxes=self.ecs, sleep=lambda _: None, **parts)  # type: ignore[arg-type]
         self.keeper = Keeper(api=self.api, key=key, **parts)  # type: ignore[arg-type]
         self.stopper = Stopper(
             api=self.api,
@@ -575,6 +575,55 @@ def test_capacity_puts_a_launch_off_and_permanent_errors_end_the_turn(plane: Pla
     assert plane.api_state(work_id) == "stopped"
 
 
+def _waits_beating(plane: Plane, seconds: int) -> None:
+    for _ in range(seconds // 20):
+        plane.pass_seconds(20)
+        plane.beat()
+
+
+def test_a_turn_without_room_keeps_its_lease_until_the_launch_deadline_then_says_why(plane: Plane) -> None:
+    work_id = plane.queue_session()
+    plane.poll()
+    plane.ecs.fail = LaunchFailed(LaunchProblem.CAPACITY, "no room here")
+    for _ in range(8):  # for longer than the start deadline
+        with pytest.raises(PutOff):
+            plane.launcher.launch(plane.queue.sent[-1])
+        _waits_beating(plane, 200)
+        plane.stop()
+        assert (plane.record(work_id).phase, plane.api_state(work_id)) == (Phase.LAUNCHING, "active")
+    _waits_beating(plane, 200)
+    plane.stop()
+    assert (plane.record(work_id).phase, plane.api_state(work_id)) == (Phase.STOPPING, "active")
+    _waits_beating(plane, 60)  # an earlier try might have started: death must be proved first
+    plane.stop()
+    record = plane.record(work_id)
+    assert (record.outcome, plane.api_state(work_id)) == (Outcome.LAUNCH_FAILED, "stopped")
+    assert record.reason == "no sandbox could be started within 1800 s: no room here"
+
+
+def test_a_held_turn_that_nobody_launches_is_ended_by_the_launch_deadline(plane: Plane) -> None:
+    work_id = plane.queue_session()
+    plane.poll()
+    _waits_beating(plane, 1_800)
+    assert plane.stop() == 1
+    assert (plane.record(work_id).outcome, plane.api_state(work_id)) == (Outcome.LAUNCH_FAILED, "stopped")
+
+
+def test_tasks_that_ecs_cannot_start_for_want_of_room_do_not_count_as_attempts(plane: Plane) -> None:
+    """FIELD_NOTES 15: RunTask says 200, then the task stops."""
+    work_id = plane.queue_session()
+    plane.poll()
+    since = plane.record(work_id).sandbox_wanted_since
+    for _ in range(CONFIG.max_attempts + 1):
+        plane.launcher.launch(plane.queue.sent[-1])
+        stopped = plane.ecs.becomes(str(plane.record(work_id).task_arn), "STOPPED")
+        stopped |= {"stopCode": "TaskFailedToStart", "stoppedReason": "InsufficientFreeAddressesInSubnet"}
+        plane.observer.observe(stopped)
+    record = plane.record(work_id)
+    assert (record.phase, record.refusals, record.sandbox_wanted_since) == (Phase.HELD, 3, since)
+    assert lifecycle.relaunch_delay(record) == 20
+
+
 def test_an_offer_during_a_turn_means_its_lease_is_gone_and_it_never_posts(plane: Plane) -> None:
     work_id, arn = plane.run_to_running()
     plane.emulator.control("POST", f"work/{work_id}/stop", {"force": True})
@@ -965,6 +1014,8 @@ def test_a_session_whose_events_may_not_be_read_is_left_alone_and_named_once(
         plane.sweep()
     assert told.count("a session's progress is not known") == 1
     assert plane.record(work_id) == before
+
+
 # --- the circuit breaker (DESIGN §6) --------------------------------------------------------------------------
 
 NO_IMAGE = {

@@ -235,6 +235,17 @@ def test_only_the_functions_that_anybody_can_call_are_limited() -> None:
         assert limit == {"Fn::If": ["LimitPublic", {"Ref": "PublicConcurrency"}, {"Ref": "AWS::NoValue"}]}
 
 
+def test_a_cluster_takes_both_capacities_and_the_launcher_its_share_of_spot(
+    deployer: Deployer, default: dict[str, str]
+) -> None:
+    deployer.deploy("spot", SpotWeight="70", SandboxImage=IMAGE)
+    made = deployer.resources("spot")
+    assert deployer.launch_settings(made)["FLEET_SPOT_WEIGHT"] == "70"
+    (cluster,) = deployer.client("ecs").describe_clusters(clusters=[made["Cluster"]])["clusters"]
+    assert cluster["capacityProviders"] == ["FARGATE", "FARGATE_SPOT"]
+    deployer.delete("spot")
+
+
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
@@ -261,6 +272,7 @@ def test_only_the_functions_that_anybody_can_call_are_limited() -> None:
         ({"KmsKeyArn": "alias/fleet"}, "the ARN of a KMS key, not of an alias"),
         ({"EphemeralStorageGiB": "201"}, "EphemeralStorageGiB"),
         ({"LeaseTtlSeconds": "10"}, "LeaseTtlSeconds"),
+        ({"SpotWeight": "101"}, "SpotWeight"),
         ({"EnvironmentId": ""}, "an environment id, such as env_01ABC"),
     ],
 )

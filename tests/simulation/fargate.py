@@ -30,6 +30,11 @@ class Task:
     stopped_at: int | None = None
 
     @property
+    def provider(self) -> str:
+        (chosen,) = self.request["capacityProviderStrategy"]
+        return str(chosen["capacityProvider"])
+
+    @property
     def environment(self) -> dict[str, str]:
         given = self.request["overrides"]["containerOverrides"][0]["environment"]
         return {one["name"]: one["value"] for one in given}
@@ -45,6 +50,7 @@ class Task:
         shown = {
             "taskArn": self.arn,
             "startedBy": self.started_by,
+            "capacityProviderName": self.provider,
             "lastStatus": self.status,
             "desiredStatus": self.desired,
             "version": self.version,
@@ -72,6 +78,8 @@ class Fargate:
     full_until: int = 0
     image_missing_until: int = 0
     image_missing_from: int = 0
+    subnets_full_until: dict[str, int] = field(default_factory=dict)
+    reclaiming_spot_until: int = 0
 
     def run_task(self, *, clientToken: str | None = None, startedBy: str, **request: Any) -> dict[str, Any]:
         return self.outside.call(
@@ -116,6 +124,14 @@ class Fargate:
         process = task.process
         self.machine.later(self.stop_timeout_ms, lambda: self.machine.kill(process, "SIGKILL"))
 
+    def reclaims(self, task: Task) -> bool:
+        """Whether the capacity of this task is wanted back now; asked every second. Only ever Spot's."""
+        if task.provider != "FARGATE_SPOT":
+            return False
+        if self.machine.now < self.reclaiming_spot_until:
+            return self.machine.rng.random() < 0.2
+        return self.outside.faults.happens(self.machine, 0.002, "Spot interruption")
+
     def crash(self, task: Task, code: str, reason: str) -> None:
         """The container is gone at once: its own crash, its host's, or an interruption."""
         if task.process is not None and task.process.alive:
@@ -142,9 +158,11 @@ class Fargate:
             if known.request != request:
                 raise client_error("ConflictException", "another request", resourceIds=[known.arn])
             return {"tasks": [known.described()], "failures": []}
-        if self.machine.now < self.full_until:
-            return {"tasks": [], "failures": [{"reason": "Capacity is unavailable at this time."}]}
         task = Task(f"arn:task/{len(self.tasks) + 1}", started_by, request, self.machine.now)
+        spot = task.provider == "FARGATE_SPOT"
+        no_spot = spot and self.outside.faults.happens(self.machine, 0.1, "no Spot capacity")
+        if self.machine.now < self.full_until or no_spot:
+            return {"tasks": [], "failures": [{"reason": "Capacity is unavailable at this time."}]}
         self.tasks[task.arn] = task
         if token:
             self.tokens[token] = task
@@ -163,7 +181,9 @@ class Fargate:
             task.reason = "CannotPullContainerError: pull image manifest: manifest unknown: not found"
             self._stopped(task, None)
             return
-        if self.outside.faults.happens(self.machine, 0.02, "no free address"):
+        given = task.request["networkConfiguration"]["awsvpcConfiguration"]["subnets"]
+        full = self.machine.now < self.subnets_full_until.get(self.machine.rng.choice(given), 0)
+        if full or self.outside.faults.happens(self.machine, 0.02, "no free address"):
             task.desired, task.code = "STOPPED", "TaskFailedToStart"
             task.reason = "InsufficientFreeAddressesInSubnet"
             self._stopped(task, None)

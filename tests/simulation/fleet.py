@@ -74,6 +74,8 @@ CONFIG = Config(
     lease_ttl_seconds=300,
     max_attempts=3,
     start_timeout_seconds=180,
+    launch_timeout_seconds=1_200,
+    spot_weight=60,
     session_timeout_seconds=3_600,
     stall_timeout_seconds=600,
     stop_timeout_seconds=30,
@@ -230,7 +232,7 @@ class Fleet:
                 return 10
             if self.faults.happens(machine, 0.002, "sandbox crashes"):
                 return 1
-            if self.faults.happens(machine, 0.002, "Spot interruption"):
+            if self.fargate.reclaims(task):
                 task.code, task.reason = "SpotInterruption", "Your Spot Task was interrupted."
                 task.told_to_stop, task.desired = True, "STOPPED"
                 continue
@@ -443,6 +445,13 @@ class Fleet:
         ]
         if others:
             self.violations.append(f"two sandboxes of {work_id} run at once: {task.arn} and {others}")
+        interrupted = [
+            other
+            for other in self.fargate.tasks.values()
+            if other.code == "SpotInterruption" and _turn_of(other) == _turn_of(task)
+        ]
+        if task.provider == "FARGATE_SPOT" and len(interrupted) >= 2:
+            self.violations.append(f"{task.arn} ({task.started_by}) is on Spot after {len(interrupted)} interruptions")
         self.machine.later(420_000, lambda: self._check_orphan(task))
 
     def _check_orphan(self, task: Task) -> None:
@@ -572,7 +581,7 @@ class Fleet:
         parts: dict[str, Any] = {
             "claimer": claimer,
             "janitor": Janitor(config, api, store, sandboxes, claimer, observer, wake, now),
-            "launcher": Launcher(config, store, sandboxes, now, lambda: f"TICKET-{next(count)}"),
+            "launcher": Launcher(config, store, sandboxes, now, lambda: f"TICKET-{next(count)}", sleep),
             "keeper": keeper,
             "stopper": Stopper(config, api, keeper, store, sandboxes, queue, now),
             "observer": observer,
@@ -590,6 +599,10 @@ class Fleet:
         shared.claiming.wait = machine.wait  # type: ignore[attr-defined,assignment]
         shared.wiring.now = now
         shared.metrics.flush = shared.metrics._sink.clear_metrics
+
+
+def _turn_of(task: Task) -> tuple[str, str]:
+    return task.environment["FLEET_WORK_ID"], task.environment["FLEET_TURN"]
 
 
 TIMEOUTS_MS = {

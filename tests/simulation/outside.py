@@ -369,14 +369,15 @@ class LaunchMessages:
     busy: int = 0
     count: int = 0
 
-    def send_message(self, QueueUrl: str, MessageBody: str) -> None:
+    def send_message(self, QueueUrl: str, MessageBody: str, DelaySeconds: int = 0) -> None:
         def put() -> None:
             if QueueUrl == "dead":
                 self.dead.append(MessageBody)
                 return
             self.count += 1
-            self.messages[f"m{self.count}"] = {"body": MessageBody, "from": self.machine.now, "received": 0}
-            self.machine.later(self.machine.rng.randint(5, 400), self._deliver)
+            visible_from = self.machine.now + DelaySeconds * 1000
+            self.messages[f"m{self.count}"] = {"body": MessageBody, "from": visible_from, "received": 0}
+            self.machine.later(DelaySeconds * 1000 + self.machine.rng.randint(5, 400), self._deliver)
 
         self.outside.call("sqs.send", put, twice=True)
 

@@ -77,3 +77,7 @@ def _plan(fleet: Fleet) -> None:
     if rng.random() < 0.1:
         longest = rng.choice([600_000, 3 * 3_600_000])
         at(lambda: fleet.fargate.image_goes_missing(rng.randint(30_000, longest)))
+    if rng.random() < 0.1:
+        at(lambda: setattr(fleet.fargate, "reclaiming_spot_until", machine.now + rng.randint(30_000, 600_000)))
+    if rng.random() < 0.1:
+        at(lambda: fleet.fargate.subnets_full_until.update({"subnet-1": machine.now + rng.randint(30_000, 3_600_000)}))

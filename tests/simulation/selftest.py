@@ -206,6 +206,10 @@ def _stop_task_taken_for_death(stack: ExitStack) -> None:
     stack.enter_context(patch.object(Stopper, "_look_or_stop", hasty))
 
 
+def _spot_for_ever(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(lifecycle, "MOST_INTERRUPTIONS", 99))
+
+
 def _secret_in_the_log(stack: ExitStack) -> None:
     real = WorkApi.ack
 

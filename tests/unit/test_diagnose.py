@@ -271,6 +271,14 @@ CAPACITY, THROTTLED, QUOTA, PERMANENT, UNKNOWN = LaunchProblem
         ("ClientException", "ECS was unable to assume the role that was provided", PERMANENT),
         ("InvalidParameterException", "The subnet ID 'subnet-1' does not exist", PERMANENT),
         ("InvalidParameterException", "Network Configuration must be provided", PERMANENT),
+        (
+            "InvalidParameterException",
+            "The specified capacity provider strategy cannot contain a capacity provider that is not associated with "
+            "the cluster.",
+            PERMANENT,
+        ),
+        ("AmazonECSException", "Capacity is unavailable at this time. Please try again later", CAPACITY),
+        ("ServerException", "", UNKNOWN),
         ("InvalidParameterException", "No Container Instances were found in your cluster.", PERMANENT),
         ("PlatformTaskDefinitionIncompatibilityException", "", PERMANENT),
         ("PlatformUnknownException", "", PERMANENT),
@@ -294,6 +302,8 @@ def test_a_launch_error_is_told_by_its_message_then_its_code(code: str, message:
         ("RESOURCE:MEMORY", CAPACITY),
         ("RESOURCE:ENI", CAPACITY),
         ("RESOURCE:FARGATE", CAPACITY),
+        ("RESOURCE:PORTS", CAPACITY),
+        ("Capacity is unavailable at this time. Please try again later or in a different availability zone", CAPACITY),
         ("AGENT", CAPACITY),
         (
             "Capacity is unavailable at this time. Please try again later or in another zone",

@@ -3,8 +3,9 @@
 import pytest
 
 from shared import lifecycle
+from shared.config import Config
 from shared.lifecycle import Offer, Verdict
-from shared.record import Lease
+from shared.record import Lease, Phase, Record
 from shared.work_api import CurrentState, Heartbeat, Work
 
 BASE = "2026-11-25T08:00:00.000000Z"
@@ -84,3 +85,47 @@ def test_a_session_without_a_secret_is_served_only_if_the_key_may_be_handed_over
     work = Work.model_validate(item)
     assert lifecycle.judge_offer(None, work, 0, hand_over_key=hand_over_key) is offer
     assert lifecycle.open_turn(None, work, now=1, owner="me", until=2, shard="0").secret is None
+
+
+def waiting(**changes: object) -> Record:
+    record = Record(work_id="w", environment_id="env_1", kind="session", turn=7, phase=Phase.HELD)
+    return record.model_copy(update=changes)
+
+
+@pytest.mark.parametrize("weight", [0, 30, 100])
+def test_the_share_of_spot_is_drawn_from_the_attempt_s_name(weight: int) -> None:
+    attempts = [waiting(turn=turn) for turn in range(2_000)]
+    drawn = [lifecycle.on_spot(record, weight) for record in attempts]
+    assert drawn == [lifecycle.on_spot(record, weight) for record in attempts]
+    assert abs(sum(drawn) - weight * 20) < 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "spot"),
+    [({}, True), ({"interruptions": 1}, True), ({"interruptions": 2}, False), ({"refusals": 1}, False)],
+)
+def test_after_two_interruptions_or_a_refusal_a_turn_goes_on_demand(changes: dict[str, int], *, spot: bool) -> None:
+    assert lifecycle.on_spot(waiting(**changes), 100) is spot
+
+
+def test_after_a_refusal_each_subnet_is_tried_alone_from_the_turn_s_own_one_on() -> None:
+    tried = [lifecycle.subnets_to_try(waiting(refusals=refusals), ["a", "b", "c"]) for refusals in range(5)]
+    assert tried == [["a", "b", "c"], ["b"], ["c"], ["a"], ["a", "b", "c"]]
+    assert lifecycle.subnets_to_try(waiting(turn=8, refusals=1), ["a", "b", "c"]) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "ends"),
+    [
+        ({"sandbox_wanted_since": 1_000}, True),
+        ({"sandbox_wanted_since": 1_001}, False),
+        ({}, True),  # a record of an earlier version: since its turn began
+        ({"sandbox_wanted_since": 1_000, "phase": Phase.LAUNCHING}, True),
+        ({"sandbox_wanted_since": 1_000, "phase": Phase.LAUNCHING, "task_arn": "arn:task/1"}, False),
+        ({"sandbox_wanted_since": 1_000, "phase": Phase.RUNNING}, False),
+        ({"sandbox_wanted_since": 1_000, "phase": Phase.STOPPING}, False),
+    ],
+)
+def test_the_launch_deadline_ends_only_what_waits_for_a_task(changes: dict[str, object], *, ends: bool) -> None:
+    config = Config(table="work", launch_timeout_seconds=60)
+    assert (lifecycle.launch_overdue(waiting(**changes), config, 61_000) is not None) is ends

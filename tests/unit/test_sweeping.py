@@ -206,7 +206,8 @@ def test_the_loop_is_started_while_anything_is_live(room: Room) -> None:
         (Phase.LAUNCHING, 600_000, True),
         (Phase.RUNNING, 14_399_000, False),
         (Phase.RUNNING, 14_400_000, True),
-        (Phase.HELD, 14_400_000, False),  # its first launch has a deadline of its own
+        (Phase.HELD, 1_799_000, False),
+        (Phase.HELD, 1_800_000, True),
     ],
 )
 def test_the_stopper_is_woken_for_what_it_may_have_to_end(room: Room, phase: Phase, age: int, woken: bool) -> None:
