@@ -29,6 +29,7 @@ class LaunchMessage(BaseModel):
 
 LAUNCHES_A_SECOND = 10  # of one launcher: RunTask's sustained 20/s is shared by the two that the template allows
 _LONGEST_REASON = 300
+_NO_ROOM = (LaunchProblem.CAPACITY, LaunchProblem.QUOTA)  # Spot and on-demand capacity have a quota each
 
 
 class PutOff(Exception):
@@ -74,7 +75,7 @@ class Launcher:
         except LaunchFailed as failure:
             why = str(failure)[:_LONGEST_REASON]
             if failure.problem is not LaunchProblem.PERMANENT:
-                self._note_refusal(message, why, no_room=failure.problem is LaunchProblem.CAPACITY)
+                self._note_refusal(message, why, no_room=failure.problem in _NO_ROOM)
                 raise PutOff(f"{message.work_id}: {why}") from None
             self._failed(record, message, f"{why}. {advice(str(failure))}")
             return

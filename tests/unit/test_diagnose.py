@@ -278,7 +278,7 @@ CAPACITY, THROTTLED, QUOTA, PERMANENT, UNKNOWN = LaunchProblem
             PERMANENT,
         ),
         ("AmazonECSException", "Capacity is unavailable at this time. Please try again later", CAPACITY),
-        ("ServerException", "", UNKNOWN),
+        ("ServerException", "", CAPACITY),
         ("InvalidParameterException", "No Container Instances were found in your cluster.", PERMANENT),
         ("PlatformTaskDefinitionIncompatibilityException", "", PERMANENT),
         ("PlatformUnknownException", "", PERMANENT),
