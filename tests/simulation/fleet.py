@@ -490,6 +490,10 @@ class Fleet:
         if before and before.is_live:
             self._check_death(before, after)
         self._check_loss(before, after)
+        # The launch deadline ends only what ECS put off, not what nobody tried to launch.
+        unasked = after.stop_outcome is Outcome.LAUNCH_FAILED and before and before.phase is Phase.HELD
+        if unasked and after.put_off is None:
+            self.violations.append(f"{after.work_id} was given up though ECS had refused nothing")
 
     def _check_death(self, before: Record, after: Record) -> None:
         """Nothing is terminal, and no next attempt starts, before the container is dead."""
