@@ -73,8 +73,11 @@ class Stopper:
         if record.phase is Phase.RUNNING and record.restart_reason and record.task_arn:
             self._look_or_stop(record, record.task_arn, record.restart_reason)
             return False
-        wish = lifecycle.launch_overdue(record, self.config, now)
-        if wish and not breaker.keeps(self.store, self.config, record, now, refused=False):
+        if wish := lifecycle.launch_overdue(record, self.config, now):
+            if breaker.keeps(self.store, self.config, record, now, refused=False):
+                # Counts anew, so that the breaker's closing does not end at once all that waited behind its probe
+                self.store.save(record.model_copy(update={"sandbox_wanted_since": now}))
+                return False
             record = self.store.save(lifecycle.give_up_launch(record, wish, now))
         if record.phase is not Phase.STOPPING:
             return False
@@ -88,16 +91,17 @@ class Stopper:
         return self._finish(record)
 
     def _stop_stalled_launch(self, record: Record) -> bool:
-        """PENDING for too long (FIELD_NOTES 14): stopped, and relaunched once it is dead. False: there is no task."""
+        """PENDING for too long (FIELD_NOTES 14): stopped, and relaunched once it is dead. False: nothing done."""
         arn = record.task_arn or self._found(record)
         if arn is not None:
             self._look_or_stop(record, arn, "not running before the start deadline")
-        elif lifecycle.may_be_taken_as_dead(record, now := self.now()):
-            if breaker.keeps(self.store, self.config, record, now, refused=False):
-                self.store.save(lifecycle.held_back(record, now, "no task was started"))
-            else:
-                self.store.save(lifecycle.never_launched(record, now))
-        return arn is not None
+            return True
+        now = self.now()
+        dead = lifecycle.may_be_taken_as_dead(record, now)
+        if not dead or not breaker.keeps(self.store, self.config, record, now, refused=False):
+            return False  # its message comes back, until the launch deadline
+        self.store.save(lifecycle.held_back(record, now, "no task was started"))
+        return True
 
     def _kill(self, record: Record) -> Record | None:
         """StopTask, then proof of death: STOPPED, or nothing found two rounds past `launch_until`."""

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from shared import lifecycle
+from shared import breaker, lifecycle
 from shared.claiming import Claimer
 from shared.config import Config
 from shared.diagnose import LaunchProblem
@@ -20,7 +20,7 @@ from shared.observing import Observer
 from shared.record import Breaker, Outcome, Phase, Record
 from shared.sandboxes import LaunchFailed
 from shared.stopping import Stopper
-from shared.store import MemoryStore
+from shared.store import MemoryStore, change_breaker
 from shared.stored_key import StoredKey
 from shared.sweeping import Janitor
 from shared.ticketing import TicketRefused, TicketRequest, Tickets, TurnEnded
@@ -607,6 +607,17 @@ def test_a_held_turn_that_nobody_launches_is_ended_by_the_launch_deadline(plane:
     _waits_beating(plane, 1_800)
     assert plane.stop() == 1
     assert (plane.record(work_id).outcome, plane.api_state(work_id)) == (Outcome.LAUNCH_FAILED, "stopped")
+
+
+def test_the_breaker_s_closing_does_not_end_what_waited_behind_its_probe(plane: Plane) -> None:
+    work_id = plane.queue_session()
+    plane.poll()
+    change_breaker(plane.store, lambda b: b.model_copy(update={"opened_at": plane.time}))
+    _waits_beating(plane, 1_800)
+    plane.stop()
+    change_breaker(plane.store, breaker.after_running)
+    plane.stop()
+    assert (plane.record(work_id).phase, plane.api_state(work_id)) == (Phase.HELD, "active")
 
 
 def test_tasks_that_ecs_cannot_start_for_want_of_room_do_not_count_as_attempts(plane: Plane) -> None:
