@@ -186,14 +186,15 @@ def test_a_task_that_was_accepted_and_never_ran_is_launched_again(room: Room) ->
     assert room.sent == [("w", 2)]
 
 
-def test_a_task_without_a_free_address_is_launched_again_in_any_subnet(room: Room) -> None:
+def test_a_task_without_a_free_address_is_launched_again_in_one_subnet_after_the_other(room: Room) -> None:
     """FIELD_NOTES 15: RunTask said 200, the reason came with the STOPPED task."""
-    room.launcher.launch(MESSAGE)
-    room.told("STOPPED", 3, "Unexpected EC2 error: InsufficientFreeAddressesInSubnet: subnet-a has no free addresses")
-    assert (room.record().phase, room.record().attempt) == (Phase.HELD, 2)
-    room.launcher.launch(MESSAGE.model_copy(update={"attempt": 2}))
-    for asked in room.ecs.requests():
-        assert asked["networkConfiguration"]["awsvpcConfiguration"]["subnets"] == ["subnet-a", "subnet-b"]
+    for attempt in (1, 2, 3):
+        room.launcher.launch(MESSAGE.model_copy(update={"attempt": attempt}))
+        reason = "Unexpected EC2 error: InsufficientFreeAddressesInSubnet: subnet-a has no free addresses"
+        room.told("STOPPED", 3, reason, attempt=attempt)
+        assert (room.record().phase, room.record().attempt) == (Phase.HELD, attempt + 1)
+    tried = [asked["networkConfiguration"]["awsvpcConfiguration"]["subnets"] for asked in room.ecs.requests()]
+    assert tried == [["subnet-a", "subnet-b"], ["subnet-a"], ["subnet-b"]]
 
 
 def test_an_interruption_is_no_attempt_of_ours(room: Room) -> None:
