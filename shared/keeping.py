@@ -79,15 +79,19 @@ class Keeper:
         mine = [
             (entry, lease) for entry in entries if (lease := leases.get(entry.work_id)) and lease.turn == entry.turn
         ]
-        due = [pair for pair in mine if not pair[1].over and pair[1].due_at <= now + _DUE_SLACK_MS]
-        with ThreadPoolExecutor(BEATS_AT_ONCE) as pool:
-            answers = list(pool.map(lambda pair: self.beat(pair[1]), due))
+        kept = [pair for pair in mine if not pair[1].over]
+        due = [pair for pair in kept if pair[1].due_at <= now + _DUE_SLACK_MS]
+        answers = self._beat_all(due)
+        if None in answers:  # a round of few would tell too little: those that are due later are asked as well
+            others = [pair for pair in kept if pair[1].due_at > now + _DUE_SLACK_MS]
+            due, answers = due + others, answers + self._beat_all(others)
+        beaten = {entry.work_id for entry, _ in due}
         gone = sum(answer is None for answer in answers)
         doubted = gone > 3 and gone * 2 > len(due)
         if doubted:
             emit(Metric.MOST_ITEMS_GONE)
             log.error("most work items answer 404: check base URL and environment id", gone=gone, beaten=len(due))
-        result = _Kept([lease.due_at for _, lease in mine if not lease.over and (_, lease) not in due], 0)
+        result = _Kept([lease.due_at for entry, lease in kept if entry.work_id not in beaten], 0)
         for (_, lease), answered in zip(due, answers, strict=True):
             after_404 = lifecycle.after_no_answer(lease, now, None) if doubted else lifecycle.item_gone(lease)
             answer = answered or after_404
@@ -98,6 +102,10 @@ class Keeper:
             if lease.over and entry.phase is not Phase.STOPPING:  # a crash came between lease and record
                 result.wishes += self._wish(lease, BeatResult(lease, _WISH_OF_OVER[lease.over]))
         return result
+
+    def _beat_all(self, pairs: list[tuple[LiveEntry, Lease]]) -> list[BeatResult | None]:
+        with ThreadPoolExecutor(BEATS_AT_ONCE) as pool:
+            return list(pool.map(lambda pair: self.beat(pair[1]), pairs))
 
     def beat(self, lease: Lease) -> BeatResult | None:
         """One echo; None for a 404, which is judged over the whole round."""

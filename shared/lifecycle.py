@@ -406,7 +406,8 @@ def after_container_stopped(
             outcome = Outcome.UNSERVED if exit_code == UNSERVED else Outcome.COMPLETED
         post = record.post_stop and not stops_before_death(record)
         return told.noted(now, f"container dead: {diagnosis.summary}", dead=True, stop_outcome=outcome, post_stop=post)
-    if finished:
+    interrupted = diagnosis.kind is Kind.INTERRUPTED
+    if finished and not (interrupted and exit_code == FINISHED):  # a SIGTERM of Spot may be answered with 0 as well
         outcome = Outcome.UNSERVED if exit_code == UNSERVED else Outcome.COMPLETED
         return _ended(told, now, StopWish("the turn ended", outcome, post=False))
     if exit_code in HOPELESS_EXITS:
@@ -419,7 +420,6 @@ def after_container_stopped(
         return _ended(told, now, wish)
     unstopped = exit_code == NOT_STOPPED or record.phase is Phase.STOPPING
     why = "its item could not be stopped" if unstopped else record.restart_reason or diagnosis.summary
-    interrupted = diagnosis.kind is Kind.INTERRUPTED
     no_room = diagnosis.kind is Kind.LAUNCH_CAPACITY  # bounded by the launch deadline
     counted = record.attempt - record.interruptions - record.never_started - record.refused
     if not interrupted and not no_room and counted >= max_attempts:

@@ -46,6 +46,7 @@ class Faults:
     rate: float
     until: int
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    wanted: dict[str, int] = field(default_factory=dict)  # what a named sequence makes happen, and how often
 
     def pick(self, machine: Machine, kinds: list[str]) -> str | None:
         if machine.now >= self.until or machine.rng.random() >= self.rate:
@@ -54,6 +55,10 @@ class Faults:
 
     def happens(self, machine: Machine, chance: float, what: str) -> bool:
         """Whether something that is not bound to one call goes wrong now."""
+        if self.wanted.get(what):
+            self.wanted[what] -= 1
+            self.counts[what] += 1
+            return True
         if not self.rate or machine.now >= self.until or machine.rng.random() >= chance:
             return False
         self.counts[what] += 1
@@ -67,6 +72,7 @@ class Outside:
     machine: Machine
     faults: Faults
     script: Callable[[str, str], str | None] = lambda who, kind: None  # named sequences decide here
+    after: Callable[[str, str], None] = lambda who, kind: None  # and act here: done, but not yet answered
 
     def call(
         self,
@@ -95,6 +101,7 @@ class Outside:
         value = effect()
         if fault == "twice":
             effect()
+        self.after(who, kind)
         machine.sleep(machine.rng.randint(2, 30))
         if fault == "die after":
             machine.die()
