@@ -74,7 +74,7 @@ class Fargate:
     stopping: Callable[[Task, str], None]  # before a StopTask, with its reason
     created: Callable[[], None]
     tasks: dict[str, Task] = field(default_factory=dict)
-    created: list[Task] = field(default_factory=list)  # those that ECS has forgotten as well
+    ever: list[Task] = field(default_factory=list)  # those that ECS has forgotten as well
     tokens: dict[str, Task] = field(default_factory=dict)
     full_until: int = 0
     image_missing_until: int = 0
@@ -159,13 +159,13 @@ class Fargate:
             if known.request != request:
                 raise client_error("ConflictException", "another request", resourceIds=[known.arn])
             return {"tasks": [known.described()], "failures": []}
-        task = Task(f"arn:task/{len(self.created) + 1}", started_by, request, self.machine.now)
+        task = Task(f"arn:task/{len(self.ever) + 1}", started_by, request, self.machine.now)
         spot = task.provider == "FARGATE_SPOT"
         no_spot = spot and self.outside.faults.happens(self.machine, 0.1, "no Spot capacity")
         if self.machine.now < self.full_until or no_spot:
             return {"tasks": [], "failures": [{"reason": "Capacity is unavailable at this time."}]}
         self.tasks[task.arn] = task
-        self.created.append(task)
+        self.ever.append(task)
         if token:
             self.tokens[token] = task
         self.machine.note(task.arn, f"created by {started_by}")

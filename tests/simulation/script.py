@@ -131,7 +131,7 @@ class Play:
 
     def phase(self, session: Session) -> Phase | None:
         record = self.fleet.records.get(session.work_id)
-        return record and record.phase
+        return record.phase if record else None
 
     def attempt(self, session: Session) -> int:
         record = self.fleet.records.get(session.work_id)
@@ -144,7 +144,7 @@ class Play:
 
     def tasks(self, session: Session) -> list[Task]:
         """All that were ever created for it, the oldest first."""
-        return [t for t in self.fleet.fargate.created if t.environment["FLEET_WORK_ID"] == session.work_id]
+        return [t for t in self.fleet.fargate.ever if t.environment["FLEET_WORK_ID"] == session.work_id]
 
     def task(self, session: Session) -> Task:
         return self.tasks(session)[-1]
