@@ -10,7 +10,7 @@ PY_SOURCES := functions shared sandbox local tests
 export SAM_CLI_TELEMETRY := 0
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo test lint format types template-checks unit simulation simulate simulate-selftest contract
+.PHONY: help setup demo test lint format types template-checks unit simulation simulate simulate-selftest load contract
 .PHONY: e2e lock clean
 
 help:  ## list the commands
@@ -75,6 +75,9 @@ simulate: setup  ## play many seeds of the simulation (SEEDS=2000), or one with 
 
 simulate-selftest: setup  ## break rule after rule: the simulation must catch each
 	@$(BIN)/python -m tests.simulation.selftest
+
+load: setup  ## 10,000 sessions at once on the simulation, 1,000 slots (ARGS="--help" for options)
+	@$(BIN)/python -m tests.simulation.load $(ARGS)
 
 contract: setup  ## our parts against the official SDK, the emulator and the local AWS
 	$(BIN)/python -m pytest tests/contract -q

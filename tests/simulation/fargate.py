@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,7 @@ class Task:
         (chosen,) = self.request["capacityProviderStrategy"]
         return str(chosen["capacityProvider"])
 
-    @property
+    @cached_property
     def environment(self) -> dict[str, str]:
         given = self.request["overrides"]["containerOverrides"][0]["environment"]
         return {one["name"]: one["value"] for one in given}

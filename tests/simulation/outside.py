@@ -121,11 +121,18 @@ class WatchedQueue(WorkQueue):
         self.acked_by: dict[tuple[str, datetime], str] = {}
         self.held_by: dict[tuple[str, datetime], str] = {}
         self.lapsed: Callable[[Item, str | None], None] = lambda item, holder: None
+        self.settle_every = timedelta()  # with thousands of items, not at every call
+        self._settled_at = datetime.min.replace(tzinfo=UTC)
 
     def holder(self, item: Item) -> str | None:
         """Who claimed this stay, else who acked it."""
         key = (item.id, item.started_at)
         return self.held_by.get(key) or self.acked_by.get(key)
+
+    def _settle(self, *, polled: bool = False) -> None:
+        if self._now() - self._settled_at >= self.settle_every:
+            self._settled_at = self._now()
+            super()._settle(polled=polled)
 
     def _settle_item(self, item: Item) -> None:
         before, holder = item.started_at, self.held_by.get((item.id, item.started_at))

@@ -5,6 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from shared.record import Outcome
+from tests.simulation import load
 from tests.simulation.fleet import CONFIG, START, Fleet
 from tests.simulation.scenario import run
 
@@ -49,3 +50,10 @@ def test_an_image_that_is_missing_for_hours_costs_no_session(seed: int) -> None:
     assert all(record and record.outcome is not Outcome.LAUNCH_FAILED for record in records)
     assert all(session.served for session in fleet.sessions.values())
     assert len(claimed) < len(fleet.sessions), "what came later stayed in the server's queue"
+
+
+def test_sessions_beyond_the_slots_are_all_served_within_the_api_s_budget() -> None:
+    """The small version of `make load`."""
+    done = load.run(300, 50)
+    assert done.violations == ()
+    assert (done.lapses, done.live_max <= 50) == (0, True)
