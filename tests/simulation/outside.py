@@ -135,6 +135,8 @@ class WatchedQueue(WorkQueue):
             super()._settle(polled=polled)
 
     def _settle_item(self, item: Item) -> None:
+        if item.state in ("queued", "stopped"):
+            return  # no time changes these
         before, holder = item.started_at, self.held_by.get((item.id, item.started_at))
         super()._settle_item(item)
         if item.started_at != before:
