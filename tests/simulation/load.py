@@ -24,7 +24,7 @@ OTHER_CALLS = 20
 
 @dataclass(frozen=True)
 class Load:
-    """What a run came to."""
+    """What a run came to; `live_max` is the most live records at the end of a minute."""
 
     sessions: int
     live_max: int
