@@ -38,10 +38,15 @@ def test_launches_are_bounded_at_their_event_source(template: Template) -> None:
     assert source["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
 
 
-def test_no_function_reserves_concurrency(template: Template) -> None:
+def test_no_function_reserves_concurrency_unless_told_to(template: Template) -> None:
     """FIELD_NOTES 23, 25: a new account has none to reserve; overlapping runs are harmless instead."""
     functions = of_type(template, "AWS::Lambda::Function")
-    assert [name for name, function in functions.items() if "ReservedConcurrentExecutions" in function] == []
+    reserving = {
+        n: f["ReservedConcurrentExecutions"] for n, f in functions.items() if "ReservedConcurrentExecutions" in f
+    }
+    only_if_told = {"Fn::If": ["LimitPublic", {"Ref": "PublicConcurrency"}, {"Ref": "AWS::NoValue"}]}
+    assert reserving == dict.fromkeys(["TicketsFunction", "WebhookFunction"], only_if_told)
+    assert template["Parameters"]["PublicConcurrency"]["Default"] == 0
 
 
 def test_a_launch_message_stays_hidden_while_its_launcher_may_still_run(template: Template) -> None:
@@ -56,7 +61,7 @@ def test_a_sandbox_has_the_longest_time_to_stop_and_an_init_that_passes_sigterm_
     [task] = of_type(template, "AWS::ECS::TaskDefinition").values()
     [container] = task["ContainerDefinitions"]
     assert container["StopTimeout"] == {"Ref": "StopTimeoutSeconds"}
-    assert container["LinuxParameters"] == {"InitProcessEnabled": True}
+    assert container["LinuxParameters"]["InitProcessEnabled"] is True
     parameter = template["Parameters"]["StopTimeoutSeconds"]
     assert parameter["Default"] == parameter["MaxValue"] == 120
 
