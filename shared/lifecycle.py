@@ -529,8 +529,8 @@ def overdue(record: Record, config: Config, now: int) -> StopWish | None:
     limit = config.session_timeout_seconds
     began = record.served_since or record.running_since  # the latter in records of earlier versions
     if began is None:
-        if record.attempt == 1:
-            return None  # the start deadline's
+        if record.attempt == 1 or record.refused:
+            return None  # the start deadline's, the circuit breaker's
         began, limit = record.turn, limit + config.max_attempts * config.start_timeout_seconds
     if now < began + limit * 1000:
         return None
