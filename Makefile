@@ -10,7 +10,7 @@ PY_SOURCES := functions shared sandbox local tests
 export SAM_CLI_TELEMETRY := 0
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo test lint format types template-checks unit simulation simulate simulate-selftest load contract
+.PHONY: help setup demo test lint format types template-checks unit simulation simulate simulate-selftest load load-local contract
 .PHONY: e2e lock clean
 
 help:  ## list the commands
@@ -67,7 +67,7 @@ template-checks: setup
 unit: setup  ## the tests that need no server
 	$(BIN)/python -m pytest tests/unit -q
 
-simulation: setup
+simulation: setup  ## some hundred seeds and the named sequences
 	$(BIN)/python -m pytest -q tests/simulation
 
 simulate: setup  ## play many seeds of the simulation (SEEDS=2000), or one with its history (SEED=17)
@@ -78,6 +78,9 @@ simulate-selftest: setup  ## break rule after rule: the simulation must catch ea
 
 load: setup  ## 10,000 sessions at once on the simulation, 1,000 slots (ARGS="--help" for options)
 	@$(BIN)/python -m tests.simulation.load $(ARGS)
+
+load-local: setup  ## 200 sessions at once on the local AWS, 8 sandboxes at a time (about ten minutes)
+	@$(BIN)/python -m local.demo --sessions 200 --timeout 1500
 
 contract: setup  ## our parts against the official SDK, the emulator and the local AWS
 	$(BIN)/python -m pytest tests/contract -q

@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from rich.table import Table
 from local.stack import Stack, StackFailed, running
 
 POLL_SECONDS = 1.0
+SLOTS = 8  # of --sessions: each sandbox is a process of its own
 PARAMETERS = {"LeaseTtlSeconds": "45", "MaxIdleSeconds": "1", "StopTimeoutSeconds": "20", "PollWindowSeconds": "0"}
 
 Record = dict[str, Any]
@@ -110,11 +112,16 @@ def cases() -> list[Case]:
     ]
 
 
+def many(count: int) -> list[Case]:
+    """So many sessions at once, each a tool call: more than the slots, so that most wait in the server's queue."""
+    return [Case(f"session {n}", "completed") for n in range(1, count + 1)]
+
+
 class Demo:
     """One run over a deployed stack."""
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack, self.cases = stack, cases()
+    def __init__(self, stack: Stack, cases: list[Case]) -> None:
+        self.stack, self.cases = stack, cases
         self.http = httpx.Client(base_url=f"{stack.api_url}/_control/", timeout=10)
         self.dynamodb = stack.client("dynamodb")
         self.leases: dict[str, Record] = {}
@@ -182,6 +189,12 @@ class Demo:
                     or "sandboxes are left"
                 )
             time.sleep(POLL_SECONDS)
+
+    def counts(self, records: dict[str, Record]) -> str:
+        """How many sessions are where; for more of them than a table can show."""
+        states = [records.get(case.work_id, {}) for case in self.cases]
+        found = Counter(str(state.get("outcome") or state.get("phase", "queued")) for state in states)
+        return "  ".join(f"{state} {count}" for state, count in sorted(found.items()))
 
     def table(self, records: dict[str, Record]) -> Table:
         table = Table("session", "phase", "turn", "attempt", "lease age", "task", "ends as", box=SIMPLE_HEAD, padding=0)
@@ -264,12 +277,14 @@ class Demo:
 
     def tasks(self, ecs: Any) -> list[dict[str, Any]]:
         cluster = self.stack.outputs["ClusterArn"]
-        arns = [
-            arn
+        pages = (
+            page
             for status in ("RUNNING", "STOPPED")
-            for arn in ecs.list_tasks(cluster=cluster, desiredStatus=status)["taskArns"]
-        ]
-        return list(ecs.describe_tasks(cluster=cluster, tasks=arns)["tasks"]) if arns else []
+            for page in ecs.get_paginator("list_tasks").paginate(cluster=cluster, desiredStatus=status)
+        )
+        arns = [arn for page in pages for arn in page["taskArns"]]
+        batches = (arns[start : start + 100] for start in range(0, len(arns), 100))
+        return [task for batch in batches for task in ecs.describe_tasks(cluster=cluster, tasks=batch)["tasks"]]
 
     def timelines(self, say: Callable[[str], None], records: dict[str, Record]) -> None:
         for case in self.cases:
@@ -289,14 +304,22 @@ def run(options: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(f"[{time.monotonic() - began:5.1f} s] {text}", markup=False, highlight=False)
 
-    with running(options.time_scale, say, PARAMETERS) as stack:
-        demo = Demo(stack)
+    crowd = options.sessions > 0
+    parameters = PARAMETERS | {"MaxSessions": str(SLOTS)} if crowd else PARAMETERS
+    with running(options.time_scale, say, parameters) as stack:
+        demo = Demo(stack, many(options.sessions) if crowd else cases())
         demo.queue()
         say(f"{len(demo.cases)} sessions queued")
         seen: dict[str, str] = {}
         with Live(console=console, auto_refresh=False, transient=True) as live:
 
             def show(records: dict[str, Record]) -> None:
+                if crowd:
+                    counts = demo.counts(records)
+                    if seen.get("all") != counts:
+                        seen["all"] = counts
+                        say(counts)
+                    return
                 if console.is_terminal:
                     live.update(demo.table(records), refresh=True)
                     return
@@ -310,8 +333,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 records, faults = demo.serve(options.timeout, show), []
             except TimeoutError as stuck:
                 records, faults = demo.records(), [f"not done within {options.timeout:.0f} s: {stuck}"]
-        demo.timelines(lambda line: console.print(line, markup=False, highlight=False), records)
-        console.print(demo.table(records))
+        if not crowd:
+            demo.timelines(lambda line: console.print(line, markup=False, highlight=False), records)
+            console.print(demo.table(records))
         faults = faults or demo.faults(records)
         outcomes = [record.get("outcome") for record in records.values()]
         stranded = sum(record["phase"] != "stopped" for record in records.values())
@@ -338,10 +362,15 @@ def interrupt(*_: object) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--time-scale", type=float, default=0.05, help="speed of schedules: 0.05 makes a minute 3 s")
+    parser.add_argument(
+        "--sessions", type=int, default=0, help=f"serve so many plain sessions instead, {SLOTS} at once"
+    )
     parser.add_argument("--timeout", type=float, default=180, help="seconds until what has not ended counts as failed")
     options = parser.parse_args()
     if not 0 < options.time_scale <= 1:
         parser.error("--time-scale must be over 0 and at most 1")
+    if options.sessions < 0:
+        parser.error("--sessions must be positive, or 0 for the twelve kinds")
     console = Console(stderr=True)
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, interrupt)

@@ -224,5 +224,5 @@ class Fargate:
 
     def _unseen(self, task: Task) -> bool:
         """A fresh task may read MISSING."""
-        fresh = self.machine.now - task.created_at < 4_000
-        return fresh and self.outside.faults.happens(self.machine, 0.3, "fresh task MISSING")
+        fresh = self.machine.now - task.created_at < 10_000
+        return fresh and self.outside.faults.happens(self.machine, 0.5, "fresh task MISSING")

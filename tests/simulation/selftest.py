@@ -146,10 +146,6 @@ def _every_412_is_a_loss(stack: ExitStack) -> None:
     stack.enter_context(patch.object(lifecycle, "_judge_refusal", lambda *_, **__: Verdict.LOST))
 
 
-def _missing_is_dead(stack: ExitStack) -> None:
-    stack.enter_context(patch.object(lifecycle, "may_be_taken_as_dead", lambda *_: True))
-
-
 def _events_of_any_attempt(stack: ExitStack) -> None:
     stack.enter_context(
         patch.object(lifecycle, "is_current", lambda record, turn, _attempt: record.is_live and record.turn == turn)
