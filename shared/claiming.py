@@ -254,7 +254,8 @@ class Claimer:
                 self.sleep(min(error.wait_seconds or 2.0**attempt / 2, 5.0))
             else:
                 if beat.state == "active" and beat.lease_extended:
-                    return self._hold(record, lifecycle.first_lease(record, beat, sent_at))
+                    longest_ms = self.config.beat_interval_seconds * 1000
+                    return self._hold(record, lifecycle.first_lease(record, beat, sent_at, longest_ms=longest_ms))
                 if beat.state == "stopping" and record.acknowledged_at:
                     self.api.stop(record.work_id, force=True)  # stopped before anyone claimed it (W§7.1)
                 return self._close(record, Outcome.STOPPED)

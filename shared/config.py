@@ -33,6 +33,7 @@ class Config(BaseModel):
     max_sessions: int = 20
     poll_window_seconds: int = 0
     lease_ttl_seconds: int = 300
+    beat_interval_seconds: int = 30
     max_attempts: int = 3
     start_timeout_seconds: int = 600
     breaker_max_hold_seconds: int = 3_600

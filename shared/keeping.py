@@ -130,7 +130,7 @@ class Keeper:
         except WorkApiError as error:
             log.error("beat refused; kept until the lease deadline", work_id=lease.work_id, error=error.message)
             return lifecycle.after_no_answer(lease, self.now(), None)
-        return lifecycle.after_beat(lease, beat, sent_at)
+        return lifecycle.after_beat(lease, beat, sent_at, longest_ms=self.config.beat_interval_seconds * 1000)
 
     def _apply(self, lease: Lease, result: BeatResult) -> int:
         """The lease first, on its own condition; whoever changed it meanwhile knows more than this reply."""

@@ -115,14 +115,14 @@ def held(record: Record, now: int) -> Record:
     return record.noted(now, "held", phase=Phase.HELD, claim_owner="", claim_until=0, sandbox_wanted_since=now)
 
 
-def first_lease(record: Record, beat: Heartbeat, sent_at: int) -> Lease:
+def first_lease(record: Record, beat: Heartbeat, sent_at: int, *, longest_ms: int = LONGEST_INTERVAL_MS) -> Lease:
     return Lease(
         work_id=record.work_id,
         turn=record.turn,
         value=beat.last_heartbeat,
         ttl_seconds=beat.ttl_seconds,
         accepted_sent_at=sent_at,
-        due_at=sent_at + interval_ms(beat.ttl_seconds),
+        due_at=sent_at + interval_ms(beat.ttl_seconds, longest_ms),
     )
 
 
@@ -142,9 +142,9 @@ def recognised_lease(record: Record, value: str, ttl_seconds: int, now: int) -> 
 # --- the lease (DESIGN §5 and §7) -----------------------------------------------------------------------------
 
 
-def interval_ms(ttl_seconds: int) -> int:
-    """Milliseconds between beats: a third of the ttl, at most 30 s."""
-    return max(1_000, min(LONGEST_INTERVAL_MS, ttl_seconds * 1000 // 3))
+def interval_ms(ttl_seconds: int, longest_ms: int = LONGEST_INTERVAL_MS) -> int:
+    """Milliseconds between beats: a third of the ttl, at most `longest_ms`."""
+    return max(1_000, min(longest_ms, ttl_seconds * 1000 // 3))
 
 
 class Verdict(StrEnum):
@@ -228,7 +228,7 @@ LEASE_LOST = StopWish("the lease is lost", Outcome.LOST, post=False)
 ITEM_GONE = StopWish("the work item is gone", Outcome.LOST, post=False)
 
 
-def after_beat(lease: Lease, beat: Heartbeat, sent_at: int) -> BeatResult:
+def after_beat(lease: Lease, beat: Heartbeat, sent_at: int, *, longest_ms: int = LONGEST_INTERVAL_MS) -> BeatResult:
     """What a 200 means; branches on `state` first (DESIGN §7)."""
     if beat.state == "stopped":
         return BeatResult(lease.model_copy(update={"over": "stopped"}), ALREADY_STOPPED)
@@ -238,7 +238,7 @@ def after_beat(lease: Lease, beat: Heartbeat, sent_at: int) -> BeatResult:
             "value": beat.last_heartbeat or lease.value,
             "ttl_seconds": ttl_seconds,
             "accepted_sent_at": sent_at,
-            "due_at": sent_at + interval_ms(ttl_seconds),
+            "due_at": sent_at + interval_ms(ttl_seconds, longest_ms),
         }
     )
     if beat.state == "stopping" or (beat.state == "active" and not beat.lease_extended):

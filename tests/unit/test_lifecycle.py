@@ -25,6 +25,14 @@ def test_the_next_beat_is_due_by_the_ttl_that_was_just_granted() -> None:
     assert result.lease.due_at == 6_000
 
 
+@pytest.mark.parametrize(("ttl_seconds", "due_at"), [(300, 11_000), (15, 6_000)])
+def test_the_beat_interval_is_the_owner_s_or_a_third_of_the_ttl_if_that_is_shorter(
+    ttl_seconds: int, due_at: int
+) -> None:
+    answer = beat("active", extended=True, ttl_seconds=ttl_seconds)
+    assert lifecycle.after_beat(lease(300), answer, 1_000, longest_ms=10_000).lease.due_at == due_at
+
+
 @pytest.mark.parametrize(
     ("state", "extended", "over", "post", "accepted"),
     [
