@@ -224,11 +224,20 @@ class Claimer:
             except TryAgain as error:
                 if not error.maybe_done:
                     return False  # still queued: it is offered again
-        if record.kind != "session":
-            self.api.stop(record.work_id, force=True)
-            log.info("item that needs no sandbox acked and stopped", work_id=record.work_id, type=record.kind)
-            return self._close(record, Outcome.NO_SANDBOX)
-        return self._claim_lease(record)
+        return self._claim_lease(record) if record.kind == "session" else self._stop_without_sandbox(record)
+
+    def _stop_without_sandbox(self, record: Record) -> bool:
+        """An item that is no session (W§10). Without our own ack's 200 it may be another's, so it is claimed first."""
+        if record.acknowledged_at is None:
+            try:
+                claimed = self.api.heartbeat(record.work_id, NO_HEARTBEAT).state == "active"
+            except LeaseLost:
+                claimed = False
+            if not claimed:
+                return self._close(record, Outcome.NOT_OURS)
+        self.api.stop(record.work_id, force=True)
+        log.info("item that needs no sandbox acked and stopped", work_id=record.work_id, type=record.kind)
+        return self._close(record, Outcome.NO_SANDBOX)
 
     def _claim_lease(self, record: Record) -> bool:
         ttl = self.config.lease_ttl_seconds

@@ -277,6 +277,44 @@ def test_a_session_is_handed_over_without_any_stop(plane: Plane) -> None:
     assert plane.api_state(work_id) == "active"
 
 
+def test_an_item_that_is_no_session_is_left_to_the_worker_that_claimed_it_while_ours_was_down(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seed 1583 of the simulation: the repair's 409 spoke of another worker's ack, and we force-stopped its item."""
+    work_id = plane.emulator.control("POST", "work", {"type": "healthcheck"})["work_id"]
+    ack = plane.api.ack
+
+    def die(_: str) -> Any:
+        raise RuntimeError("the poller dies before its ack")
+
+    monkeypatch.setattr(plane.api, "ack", die)
+    plane.poll()
+    ack(work_id)
+    plane.api.heartbeat(work_id, NO_HEARTBEAT)
+    monkeypatch.setattr(plane.api, "ack", ack)
+    plane.pass_seconds(200)
+    plane.poll()
+    assert plane.record(work_id).outcome is Outcome.NOT_OURS
+    assert plane.api_state(work_id) == "active"
+    assert not plane.stops()
+
+
+def test_an_item_that_is_no_session_is_stopped_though_its_ack_s_reply_was_lost(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work_id = plane.emulator.control("POST", "work", {"type": "healthcheck"})["work_id"]
+    ack = plane.api.ack
+
+    def lose(work_id: str) -> Any:
+        ack(work_id)
+        raise Unanswered("reply lost")
+
+    monkeypatch.setattr(plane.api, "ack", lose)
+    plane.poll()
+    assert plane.record(work_id).outcome is Outcome.NO_SANDBOX
+    assert plane.api_state(work_id) == "stopped"
+
+
 def test_an_item_acked_before_a_crash_is_claimed_by_the_next_run(plane: Plane) -> None:
     """FIELD_NOTES 1: the strand of every public worker."""
     work_id = plane.queue_session()

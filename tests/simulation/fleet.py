@@ -471,7 +471,7 @@ class Fleet:
     def _check_stop(self, who: str, work_id: str) -> None:
         item = self.queue.get(work_id)
         holder = self.queue.holder(item)
-        if item.state != "stopped" and holder != who and item.data_type == "session":
+        if item.state != "stopped" and holder != who:
             self.violations.append(f"a stop was posted for {work_id}, {item.state}, held by {holder or 'nobody'}")
 
     def _lapsed(self, item: Item, holder: str | None) -> None:
@@ -492,7 +492,11 @@ class Fleet:
         self._check_loss(before, after)
         # The launch deadline ends only what ECS put off, or the breaker held to the last; not what nobody tried.
         unasked = after.stop_outcome is Outcome.LAUNCH_FAILED and before and before.phase is Phase.HELD
-        if unasked and after.put_off is None and self.records.breaker().opened_at is None:
+        opened_at = self.records.breaker().opened_at
+        held_to_the_last = (
+            opened_at is not None and self.machine.now - opened_at >= self.config.breaker_max_hold_seconds * 1000
+        )
+        if unasked and after.put_off is None and not held_to_the_last:
             self.violations.append(f"{after.work_id} was given up though ECS had refused nothing")
 
     def _check_death(self, before: Record, after: Record) -> None:
