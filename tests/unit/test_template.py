@@ -72,3 +72,50 @@ def test_the_image_starts_its_runner_without_a_shell_that_would_keep_sigterm() -
     [entry] = re.findall(r"^ENTRYPOINT (.*)$", dockerfile, re.MULTILINE)
     assert entry.startswith('["')
     assert not re.search(r"^(CMD|STOPSIGNAL)\b", dockerfile, re.MULTILINE)
+
+
+def test_a_customers_key_encrypts_all_that_can_hold_something_of_a_session(template: Template) -> None:
+    key = {"Fn::If": ["CustomerKey", {"Ref": "KmsKeyArn"}, {"Ref": "AWS::NoValue"}]}
+    encrypted = {
+        "AWS::SQS::Queue": "KmsMasterKeyId",
+        "AWS::Logs::LogGroup": "KmsKeyId",
+        "AWS::SecretsManager::Secret": "KmsKeyId",
+    }
+    given = {
+        name: one.get(member) for kind, member in encrypted.items() for name, one in of_type(template, kind).items()
+    }
+    assert given == dict.fromkeys(given, key)
+    [table] = of_type(template, "AWS::DynamoDB::Table").values()
+    assert table["SSESpecification"] == {"SSEEnabled": True, "SSEType": "KMS", "KMSMasterKeyId": key}
+
+
+def test_a_sandbox_may_look_up_needed_and_listed_names_and_no_others(template: Template) -> None:
+    """The local AWS has no DNS Firewall. A lower priority comes first; what no rule meets would be allowed."""
+    lists = {
+        name: one["Domains"] for name, one in of_type(template, "AWS::Route53Resolver::FirewallDomainList").items()
+    }
+    [group] = of_type(template, "AWS::Route53Resolver::FirewallRuleGroup").values()
+    rules = [
+        (rule["Action"], rule["FirewallDomainListId"]["Ref"])
+        for rule in sorted(group["FirewallRules"], key=lambda rule: int(rule["Priority"]))
+    ]
+    assert rules == [("ALLOW", "NeededDomains"), ("ALLOW", "ListedDomains"), ("BLOCK", "OtherDomains")]
+    assert lists["ListedDomains"] == {"Fn::Split": [",", {"Ref": "AllowedDomains"}]}
+    assert lists["OtherDomains"] == ["*"]
+    needed = str(lists["NeededDomains"])
+    for name in ("BaseUrl", "TicketsFunctionUrl", "api.ecr.", ".dkr.ecr.", "starport-layer-bucket", "logs."):
+        assert name in needed
+    [association] = of_type(template, "AWS::Route53Resolver::FirewallRuleGroupAssociation").values()
+    assert association["VpcId"] == {"Ref": "Vpc"}
+    assert association["FirewallRuleGroupId"] == {"Ref": "DomainRules"}
+
+
+def test_a_stack_that_is_deleted_leaves_at_most_a_bucket(template: Template) -> None:
+    """Whatever CloudFormation would retain, or refuse to delete while it is not empty."""
+    resources: dict[str, Any] = template["Resources"]
+    kept = {one["Type"] for one in resources.values() if one.get("DeletionPolicy", "Delete") != "Delete"}
+    assert kept <= {"AWS::S3::Bucket"}
+    [repository] = of_type(template, "AWS::ECR::Repository").values()
+    assert repository["EmptyOnDelete"] is True
+    [table] = of_type(template, "AWS::DynamoDB::Table").values()
+    assert not table.get("DeletionProtectionEnabled")
