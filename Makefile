@@ -6,7 +6,6 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
 BIN := .venv/bin
-PY_SOURCES := functions shared sandbox local tests
 export SAM_CLI_TELEMETRY := 0
 export PYTHONDONTWRITEBYTECODE := 1
 
@@ -57,7 +56,7 @@ format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 
 types: setup
-	$(BIN)/mypy shared local sandbox tests
+	$(BIN)/mypy shared local sandbox cli tests
 	@for function in functions/*/; do $(BIN)/mypy $$function/app.py || exit 1; done
 
 template-checks: setup

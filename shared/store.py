@@ -5,7 +5,7 @@ pk = "janitor" what the janitor saw in its last round.
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
@@ -42,6 +42,9 @@ class Store(Protocol):
 
     def live(self, shard: str) -> list[LiveEntry]:
         """The live records, eventually consistent."""
+
+    def records(self) -> Iterator[Record]:
+        """Every record, live and ended, in no order: a scan, for people's commands alone."""
 
     def loop_generation(self, shard: str) -> int: ...
 
@@ -147,6 +150,14 @@ class DynamoStore:
             ExpressionAttributeValues={":shard": {"S": shard}},
         )
         return [LiveEntry.model_validate(self._plain(item)) for page in pages for item in page["Items"]]
+
+    def records(self) -> Iterator[Record]:
+        pages = self._client.get_paginator("scan").paginate(
+            TableName=self._table,
+            FilterExpression="sk = :record",
+            ExpressionAttributeValues={":record": {"S": "record"}},
+        )
+        return (Record.model_validate(self._plain(item)) for page in pages for item in page["Items"])
 
     def loop_generation(self, shard: str) -> int:
         reply = self._client.get_item(
@@ -263,6 +274,9 @@ class MemoryStore:
             for r in sorted(self._records.values(), key=lambda r: r.work_id)
             if r.shard == shard
         ]
+
+    def records(self) -> Iterator[Record]:
+        return iter(list(self._records.values()))
 
     def loop_generation(self, shard: str) -> int:
         return self._generations.get(shard, 0)

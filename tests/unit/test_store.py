@@ -81,6 +81,14 @@ def test_only_live_records_are_in_the_index_and_no_secret_is(store: Store) -> No
     assert store.live("0") == []
 
 
+def test_the_records_are_the_live_and_the_ended_ones_and_nothing_else(store: Store) -> None:
+    ended = store.save(lifecycle.closed(store.save(received()), 1_000_002, retention_seconds=60))
+    live = store.save(received().model_copy(update={"work_id": "sesn_2"}))
+    store.save_lease(lease(), None)
+    store.save_marks({"seen": 1})
+    assert sorted(store.records(), key=lambda record: record.work_id) == [ended, live]
+
+
 def test_the_end_removes_the_secret_and_sets_the_time_to_live(store: Store) -> None:
     saved = store.save(received())
     store.save(lifecycle.closed(saved, 2_000_000, retention_seconds=60, outcome=Outcome.STOPPED))
