@@ -23,7 +23,7 @@ _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "InvalidClientTokenId", "Un
 _HELP_END = """\
 Options, before or after the command: --stack NAME (or FLEET_STACK)  --json
   --region NAME  --profile NAME  --endpoint-url URL (or AWS_ENDPOINT_URL)
-Exit codes: 0 done  1 failed  2 wrong usage  3 not found  4 not done  5 timed out
+Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 not done, 5 timed out
 Shell completion: fleet --install-completion.  More help: fleet ls --help
 """
 

@@ -31,7 +31,7 @@ def test_the_help_fits_one_screen() -> None:
     lines = CliRunner().invoke(fleet.app, ["--help"]).output.splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 80
-    assert not [line for line in lines if line.endswith("...")], "a command's line is cut"
+    assert not [line for line in lines if line.startswith("  ") and line.endswith("...")], "a command's line is cut"
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
