@@ -16,6 +16,8 @@ from shared.log import log
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import LaunchFailed, Sandboxes
 from shared.store import Conflict, Store, change
+from shared.wishes import Wishes, unknown_keys, wishes_in
+from shared.work_api import TryAgain, WorkApi
 
 
 class LaunchMessage(BaseModel):
@@ -39,6 +41,7 @@ class PutOff(Exception):
 @dataclass
 class Launcher:
     config: Config
+    api: WorkApi
     store: Store
     sandboxes: Sandboxes
     now: Callable[[], int]
@@ -48,6 +51,7 @@ class Launcher:
 
     def launch(self, message: LaunchMessage) -> None:
         """Launch, or drop a message whose moment is over. Raises PutOff; other errors are retried as well."""
+        wishes = self._wishes(message)
         ticket = self.new_ticket()
         now = self._paced()
         gate = self.store.breaker()
@@ -62,6 +66,7 @@ class Launcher:
                     ticket_hash=hash_secret(ticket),
                     now=now,
                     until=now + self.config.start_timeout_seconds * 1000,
+                    wishes=wishes,
                 )
                 if breaker.admits(gate, r)
                 else None
@@ -80,6 +85,31 @@ class Launcher:
             self._failed(record, message, f"{why}. {advice(str(failure))}")
             return
         self._store_arn(message, arn)
+
+    def _wishes(self, message: LaunchMessage) -> Wishes | None:
+        """What the session's metadata asks for, read once a turn; None: not known, the defaults hold. Raises PutOff.
+
+        With the session's own token; with the environment key only where that may reach a sandbox anyway (DESIGN §6).
+        """
+        record = self.store.get(message.work_id)
+        if record is None or not lifecycle.may_launch(record, message.turn, message.attempt):
+            return None
+        if record.wishes is not None or record.session_id is None:
+            return record.wishes
+        try:
+            metadata = self.api.session(record.session_id, token=record.sessions_token()).metadata
+        except TryAgain as error:
+            if lifecycle.awaits_wishes(record, self.now()):
+                raise PutOff(f"{message.work_id}: {error.message}") from None
+            problem = error.message
+        except Exception as error:  # noqa: BLE001  what a session may ask for fails no launch
+            problem = str(error)
+        else:
+            if ignored := unknown_keys(metadata):
+                log.warning("the session's metadata asks for what nobody knows", **message.model_dump(), keys=ignored)
+            return wishes_in(metadata)
+        log.warning("the session's metadata is not known: it gets the defaults", **message.model_dump(), error=problem)
+        return None
 
     def _failed(self, record: Record, message: LaunchMessage, why: str) -> None:
         """Held back for the breaker's probe, or given up. A poller sends the next message."""

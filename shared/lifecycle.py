@@ -15,6 +15,7 @@ from pydantic import SecretStr, StringConstraints
 from shared.config import Config
 from shared.diagnose import Diagnosis, Kind
 from shared.record import HISTORY_TURNS, Lease, LiveEntry, Outcome, PastTurn, Phase, Record
+from shared.wishes import Wishes
 from shared.work_api import CurrentState, Heartbeat, Work
 
 ACKED = "acked"
@@ -22,6 +23,7 @@ LEASE_MARGIN_MS = 5_000
 LONGEST_INTERVAL_MS = 30_000
 CLAIM_WINDOW_SECONDS = 30  # how long after our ack a claim can still be our own (DESIGN §5, rule 4)
 OWN_EXIT_GRACE_MS = 5_000
+WISHES_PATIENCE_MS = 15_000
 ROUND_MS = 30_000
 MOST_INTERRUPTIONS = 2  # of one turn on Spot capacity; then it goes on demand
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 5, 240
@@ -296,20 +298,31 @@ def parse_started_by(text: str) -> tuple[str, int, int] | None:
     return (name[1], int(name[2]), int(name[3])) if name else None
 
 
-def begin_launch(record: Record, turn: int, attempt: int, *, ticket_hash: str, now: int, until: int) -> Record | None:
-    """`launching`, written before RunTask. A redelivery of the same attempt may go on until the arn is stored.
+def may_launch(record: Record, turn: int, attempt: int) -> bool:
+    """Whether this attempt is due; a redelivery may go on until the arn is stored."""
+    begun = record.phase is Phase.LAUNCHING and record.task_arn is None
+    return (record.turn, record.attempt) == (turn, attempt) and (record.phase is Phase.HELD or begun)
+
+
+def awaits_wishes(record: Record, now: int) -> bool:
+    """Whether a launch may wait a little longer for a session's metadata that an API in trouble did not tell."""
+    return now < (record.sandbox_wanted_since or record.turn) + WISHES_PATIENCE_MS
+
+
+def begin_launch(
+    record: Record, turn: int, attempt: int, *, ticket_hash: str, now: int, until: int, wishes: Wishes | None = None
+) -> Record | None:
+    """`launching`, written before RunTask. What the session asks for is fixed by the turn's first reading of it.
 
     Each try gets its full start time: how long ECS may refuse is the launch deadline's matter (launch_overdue).
     """
-    if (record.turn, record.attempt) != (turn, attempt):
-        return None
-    again = record.phase is Phase.LAUNCHING and record.task_arn is None
-    if record.phase is not Phase.HELD and not again:
+    if not may_launch(record, turn, attempt):
         return None
     return record.noted(
         now,
-        "launching again" if again else "launching",
+        "launching" if record.phase is Phase.HELD else "launching again",
         phase=Phase.LAUNCHING,
+        wishes=record.wishes or wishes,
         started_by=started_by(record.work_id, turn, attempt),
         launch_until=until,
         ticket_hashes=(*record.ticket_hashes, ticket_hash)[-5:],

@@ -10,6 +10,8 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, SecretStr
 
+from shared.wishes import Wishes
+
 HISTORY_TURNS = 5
 TIMELINE_EVENTS = 60
 
@@ -78,6 +80,7 @@ class Record(BaseModel):
     acknowledged_at: str | None = None  # from our own ack's 200 only: the base of the 412 rule
     lease_gone: bool = False  # a poll offered the item again: this turn never posts a stop
     # launching: kept over the attempts of a turn
+    wishes: Wishes | None = None  # what the session's metadata asks for; None while it could not be read
     sandbox_wanted_since: int | None = None  # since when the turn wants a sandbox; the launch deadline counts from here
     refusals: int = 0  # how often ECS had no room for it: decides subnets, capacity and delay of the next try
     put_off: str | None = None  # why the last try started nothing

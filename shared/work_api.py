@@ -138,6 +138,16 @@ class EventPage(_Reply):
     next_page: str | None = None
 
 
+class Session(_Reply):
+    """What is kept of a session (W§11.2): its metadata, which whoever created it wrote."""
+
+    model_config = ConfigDict(extra="ignore")
+    id: str
+    metadata: Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)] = Field(
+        {}, repr=False
+    )
+
+
 class WorkApiError(Exception):
     """A call that did not succeed. The message says what was tried, what came back and what to do."""
 
@@ -233,7 +243,7 @@ class WorkApi:
 
     Build one, share it: `max_connections` threads may use it.
     `key` is asked at every call, so a rotated key takes effect at once. poll, ack, heartbeat and stop make
-    exactly one attempt (DESIGN §7); the reads and update try `_READ_TRIES` times on TryAgain.
+    exactly one attempt (DESIGN §7), `session` as well; the other reads and update try `_READ_TRIES` times on TryAgain.
     Every call raises WorkApiError; an argument that no server would take raises ValueError.
     """
 
@@ -388,6 +398,13 @@ class WorkApi:
             return self._read(EventPage, self._send("GET", url, what, params=params, credential=token), what)
 
         return self._retrying(read)
+
+    def session(self, session_id: str, *, token: SecretStr | None = None, timeout_seconds: float = 3.0) -> Session:
+        """Read a session, once and briefly; with its own token, else with the key (W§8)."""
+        what, url = f"session {session_id}", f"{self._sessions}/{_segment(session_id)}"
+        return self._read(
+            Session, self._send("GET", url, what, credential=token, timeout_seconds=timeout_seconds), what
+        )
 
     def _send(
         self,

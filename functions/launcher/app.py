@@ -24,7 +24,9 @@ def config() -> Config:
 
 @cache
 def launcher() -> Launcher:
-    return Launcher(config(), wiring.store(config()), wiring.sandboxes(config()), wiring.now)
+    key = wiring.environment_key(config()) if config().hand_over_environment_key else None
+    api = wiring.work_api(config(), key)
+    return Launcher(config(), api, wiring.store(config()), wiring.sandboxes(config()), wiring.now)
 
 
 @cache

@@ -44,7 +44,7 @@ from local.work_api.replies import (
     token_of,
 )
 from local.work_api.sessions import Event, Session, Sessions, read_events, read_script
-from local.work_api.state import DEFAULT_LIMIT, DEFAULT_RECLAIM_MS, Refusal, WorkQueue, timestamp
+from local.work_api.state import DEFAULT_LIMIT, DEFAULT_RECLAIM_MS, Refusal, WorkQueue, merged_metadata, timestamp
 from local.work_api.switches import Switches, wrong_in
 from local.work_api.webhooks import Webhooks
 
@@ -384,9 +384,9 @@ class Emulator:
         script, count = read_script(body.get("script")), body.get("count", 1)
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise Refusal(400, "count must be a positive integer.")
-        made = []
+        metadata, made = merged_metadata({}, body.get("metadata", {})), []
         for _ in range(count):
-            session = self._sessions.create()
+            session = self._sessions.create(metadata)
             session.message(str(body.get("text", "Begin.")), script)
             work_id = session.id if self._queue.switches.work_id == "session" else new_id("work")
             self._webhooks.announce(session.id)

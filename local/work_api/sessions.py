@@ -68,6 +68,7 @@ class Session:
     environment_id: str
     now: Callable[[], datetime]
     new_id: Callable[[str], str]
+    metadata: dict[str, str] = field(default_factory=dict)
     status: str = "idle"
     events: list[Event] = field(default_factory=list)
     turns_finished: int = 0
@@ -94,7 +95,7 @@ class Session:
             "updated_at": timestamp(self.now()),
             "archived_at": None,
             "title": None,
-            "metadata": {},
+            "metadata": dict(self.metadata),
             "vault_ids": [],
             "resources": [],
             "agent": {
@@ -234,9 +235,9 @@ class Sessions:
         self._environment_id, self._now, self._new_id = environment_id, now, new_id
         self._sessions: dict[str, Session] = {}
 
-    def create(self) -> Session:
+    def create(self, metadata: dict[str, str] | None = None) -> Session:
         """A new idle session without messages."""
-        session = Session(self._new_id("sesn"), self._environment_id, self._now, self._new_id)
+        session = Session(self._new_id("sesn"), self._environment_id, self._now, self._new_id, metadata or {})
         self._sessions[session.id] = session
         return session
 

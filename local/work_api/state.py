@@ -239,21 +239,7 @@ class WorkQueue:
         item = self.get(work_id)
         if patch is None and self.switches.empty_patch == "unchanged":
             return item
-        if not isinstance(patch, dict):
-            raise _bad_metadata("metadata must be an object of strings and nulls")
-        merged = dict(item.metadata)
-        for key, value in patch.items():
-            if value is None:
-                merged.pop(key, None)
-            elif not isinstance(value, str):
-                raise _bad_metadata("a metadata value must be a string or null")
-            elif not 1 <= len(key) <= LONGEST_KEY or len(value) > LONGEST_VALUE:
-                raise _bad_metadata(f"a key has 1-{LONGEST_KEY} characters, a value up to {LONGEST_VALUE}")
-            else:
-                merged[key] = value
-        if len(merged) > MOST_KEYS:
-            raise _bad_metadata(f"an item has at most {MOST_KEYS} metadata keys")
-        item.metadata = merged
+        item.metadata = merged_metadata(item.metadata, patch)
         return item
 
     def list(self, limit: int = DEFAULT_LIMIT, page: str | None = None) -> dict[str, Any]:
@@ -386,6 +372,25 @@ class WorkQueue:
                 },
             },
         )
+
+
+def merged_metadata(known: dict[str, str], patch: Any) -> dict[str, str]:
+    """An item's or a session's metadata with a patch applied (W§7.2). Raises Refusal 400."""
+    if not isinstance(patch, dict):
+        raise _bad_metadata("metadata must be an object of strings and nulls")
+    merged = dict(known)
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        elif not isinstance(value, str):
+            raise _bad_metadata("a metadata value must be a string or null")
+        elif not 1 <= len(key) <= LONGEST_KEY or len(value) > LONGEST_VALUE:
+            raise _bad_metadata(f"a key has 1-{LONGEST_KEY} characters, a value up to {LONGEST_VALUE}")
+        else:
+            merged[key] = value
+    if len(merged) > MOST_KEYS:
+        raise _bad_metadata(f"there are at most {MOST_KEYS} metadata keys")
+    return merged
 
 
 def _bad_metadata(why: str) -> Refusal:

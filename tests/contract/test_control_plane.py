@@ -117,7 +117,7 @@ class Plane:
             sleep=lambda _: None,
             **parts,
         )
-        self.launcher = Launcher(sandboxes=self.ecs, sleep=lambda _: None, **parts)  # type: ignore[arg-type]
+        self.launcher = Launcher(api=self.api, sandboxes=self.ecs, sleep=lambda _: None, **parts)  # type: ignore[arg-type]
         self.keeper = Keeper(api=self.api, key=key, **parts)  # type: ignore[arg-type]
         self.stopper = Stopper(
             api=self.api,

@@ -12,7 +12,8 @@ from anthropic import APIStatusError, AsyncAnthropic, ConflictError, NotFoundErr
 from pydantic import SecretStr
 
 from local.work_api.state import NO_HEARTBEAT
-from shared.work_api import WorkApi
+from shared.record import Phase, Record
+from shared.work_api import NotAllowed, WorkApi
 from tests.contract.conftest import RunningEmulator
 
 WAIT_SECONDS = 60.0
@@ -351,5 +352,21 @@ def test_the_sdk_s_own_order_gives_what_the_progress_watch_reads(emulator: Runni
         assert [event.id for event in ours.data] == [event.id for event in newest.data]
         assert ours.data[0].stop_reason is not None
         assert ours.data[0].stop_reason.event_ids == (ours.data[1].id,)
+
+    run(emulator, body)
+
+
+def test_a_session_s_metadata_is_the_same_to_the_sdk_and_to_the_launcher(emulator: RunningEmulator) -> None:
+    given = {"sandbox-fleet.size": "large", "team": "blue"}
+    session_id = str(emulator.control("POST", "sessions", {"metadata": given})["id"])
+
+    async def body(client: AsyncAnthropic) -> None:
+        [item] = await drained(emulator, client)
+        assert (await client.beta.sessions.retrieve(session_id)).metadata == given
+        record = Record(work_id="w", environment_id="e", kind="session", turn=1, phase=Phase.HELD, secret=item.secret)
+        with contextlib.closing(WorkApi(emulator.url, emulator.environment_id, lambda: SecretStr(""))) as api:
+            assert api.session(session_id, token=record.sessions_token()).metadata == given
+            with pytest.raises(NotAllowed, match="was not sent"):
+                api.session(session_id)
 
     run(emulator, body)

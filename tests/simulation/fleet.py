@@ -31,6 +31,7 @@ from shared.store import MemoryStore
 from shared.stored_key import StoredKey
 from shared.sweeping import Janitor
 from shared.ticketing import Tickets
+from shared.wishes import PREFIX
 from shared.work_api import WorkApi
 from tests.simulation.fargate import Fargate, Task
 from tests.simulation.machine import Machine
@@ -99,6 +100,7 @@ class Session:
     served: int = 0
     foreign: bool = False  # another worker or a user's stop touched it: its messages may end there
     events: list[dict[str, Any]] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -149,6 +151,7 @@ class Fleet:
     def new_session(self) -> Session:
         work_id = f"sesn_{len(self.sessions) + 1}"
         session = self.sessions[work_id] = Session(work_id)
+        session.metadata = {PREFIX + "git": f"https://example.com/{work_id}"}
         self.queue.enqueue(work_id)
         session.pending += 1
         self._say(session)
@@ -490,6 +493,7 @@ class Fleet:
         if before and before.is_live:
             self._check_death(before, after)
         self._check_loss(before, after)
+        self._check_wishes(before, after)
         # The launch deadline ends only what ECS put off, or the breaker held to the last; not what nobody tried.
         unasked = after.stop_outcome is Outcome.LAUNCH_FAILED and before and before.phase is Phase.HELD
         opened_at = self.records.breaker().opened_at
@@ -498,6 +502,14 @@ class Fleet:
         )
         if unasked and after.put_off is None and not held_to_the_last:
             self.violations.append(f"{after.work_id} was given up though ECS had refused nothing")
+
+    def _check_wishes(self, before: Record | None, after: Record) -> None:
+        """What a session asks for is its own, and stays what it was through the turn's attempts."""
+        wished = after.wishes.git if after.wishes else None
+        if wished and wished != self.sessions[after.work_id].metadata[PREFIX + "git"]:
+            self.violations.append(f"{after.work_id} was given another session's wishes")
+        if before and before.turn == after.turn and before.wishes not in (None, after.wishes):
+            self.violations.append(f"{after.work_id} lost what it asked for")
 
     def _check_death(self, before: Record, after: Record) -> None:
         """Nothing is terminal, and no next attempt starts, before the container is dead."""
@@ -547,7 +559,14 @@ class Fleet:
         self.queue = WatchedQueue(ENVIRONMENT, server_clock(self.machine, skew_ms))
         self.queue.lapsed = self._lapsed
         self.transport = ApiTransport(
-            self.outside, self.queue, "fleet", self.keys, self._secret_of, self._check_stop, self._events_of
+            self.outside,
+            self.queue,
+            "fleet",
+            self.keys,
+            self._secret_of,
+            self._check_stop,
+            self._events_of,
+            lambda session_id: self.sessions[session_id].metadata,
         )
 
     def _build_functions(self) -> None:
@@ -589,7 +608,7 @@ class Fleet:
         parts: dict[str, Any] = {
             "claimer": claimer,
             "janitor": Janitor(config, api, store, sandboxes, claimer, observer, wake, now),
-            "launcher": Launcher(config, store, sandboxes, now, lambda: f"TICKET-{next(count)}", sleep),
+            "launcher": Launcher(config, api, store, sandboxes, now, lambda: f"TICKET-{next(count)}", sleep),
             "keeper": keeper,
             "stopper": Stopper(config, api, keeper, store, sandboxes, queue, now),
             "observer": observer,

@@ -154,6 +154,7 @@ class ApiTransport(httpx.BaseTransport):
     secret_of: Callable[[str], str]
     before_stop: Callable[[str, str], None]
     events_of: Callable[[str], list[dict[str, Any]]]
+    metadata_of: Callable[[str], dict[str, str]]
     calls: list[tuple[int, str]] = field(default_factory=list)
     away_until: int = 0
 
@@ -184,7 +185,7 @@ class ApiTransport(httpx.BaseTransport):
 
     def _answer(self, call: str, work_id: str, request: httpx.Request) -> httpx.Response:
         credential = request.headers["authorization"].removeprefix("Bearer ")
-        if credential not in self.keys and not (call == "events" and credential == f"SECRET-{work_id}"):
+        if credential not in self.keys and not (call in ("events", "session") and credential == f"SECRET-{work_id}"):
             return httpx.Response(401, json={"error": {"message": "unknown key"}})
         try:
             return httpx.Response(200, json=self._do(call, work_id, request))
@@ -216,6 +217,8 @@ class ApiTransport(httpx.BaseTransport):
                 return self.queue.list(int(query.get("limit", 20)), query.get("page"))
             case "stats":
                 return self.queue.stats()
+            case "session":
+                return {"id": work_id, "metadata": self.metadata_of(work_id)}
             case "events":
                 newest = self.events_of(work_id)[::-1]
                 return {"data": newest[: int(query["limit"])], "next_page": None}
@@ -246,6 +249,8 @@ class AnsweringTransport(httpx.BaseTransport):
 def _route(request: httpx.Request) -> tuple[str, str]:
     if request.url.path.endswith("/events"):
         return "events", request.url.path.split("/")[-2]
+    if "/sessions/" in request.url.path:
+        return "session", request.url.path.split("/")[-1]
     parts = request.url.path.split("/work", 1)[1].strip("/").split("/")
     if parts[0] in ("poll", "stats"):
         return parts[0], ""

@@ -14,6 +14,7 @@ from shared.sandboxes import LaunchFailed, Sandboxes
 from shared.store import MemoryStore
 
 CONFIG = Config(table="work", subnets="subnet-a,subnet-b", security_groups="sg-1", spot_weight=100)
+NO_SESSIONS: Any = None  # these records name none
 HELD = Record(work_id="w", environment_id="env_1", kind="session", turn=6, phase=Phase.HELD, shard="0")
 MESSAGE = LaunchMessage(work_id="w", turn=6, attempt=1)
 
@@ -42,7 +43,7 @@ class Ecs:
 
 
 def launcher(ecs: Any, store: MemoryStore) -> Launcher:
-    return Launcher(CONFIG, store, Sandboxes(ecs, CONFIG), lambda: 10, lambda: "ticket", lambda _: None)
+    return Launcher(CONFIG, NO_SESSIONS, store, Sandboxes(ecs, CONFIG), lambda: 10, lambda: "ticket", lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_launches_keep_to_ten_a_second_and_wait_before_the_record_is_written() -
 
     store, sandboxes = MemoryStore(), Stamped()
     store.save(HELD)
-    parts = Launcher(CONFIG, store, sandboxes, lambda: clock.ms, lambda: "ticket", sleep)  # type: ignore[arg-type]
+    parts = Launcher(CONFIG, NO_SESSIONS, store, sandboxes, lambda: clock.ms, lambda: "ticket", sleep)  # type: ignore[arg-type]
     for _ in range(4):
         with pytest.raises(PutOff):
             parts.launch(MESSAGE)

@@ -3,6 +3,7 @@
 Only ECS's replies are played here; whatever botocore does on the way to them is its own.
 """
 
+import base64
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from shared.observing import Observer
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import Sandboxes
 from shared.store import Conflict, MemoryStore
-from shared.work_api import Work
+from shared.wishes import Wishes
+from shared.work_api import Busy, Gone, NotAllowed, Session, Work
 
 NOW = 1_800_000_000_000
 CONFIG = Config(
@@ -30,6 +32,7 @@ CONFIG = Config(
     subnets="subnet-a,subnet-b",
     security_groups="sg-1",
 )
+SECRET = base64.urlsafe_b64encode(b'{"sessions_token": "SESSION-TOKEN"}').decode().rstrip("=")
 MESSAGE = LaunchMessage(work_id="w", turn=NOW, attempt=1)
 
 
@@ -74,6 +77,20 @@ class Ecs:
         return [asked for name, asked in self.asked if name == call]
 
 
+class Sessions:
+    """The API's end of a session's reading: its metadata, or what goes wrong instead."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, Any] | Exception = {}
+        self.asked: list[tuple[str, SecretStr | None]] = []
+
+    def session(self, session_id: str, *, token: SecretStr | None = None) -> Session:
+        self.asked.append((session_id, token))
+        if isinstance(self.told, Exception):
+            raise self.told
+        return Session(id=session_id, metadata=self.told)
+
+
 class Room:
     """One held turn, its launcher and its observer."""
 
@@ -83,7 +100,11 @@ class Room:
         answer: Any = self.ecs.answer  # botocore's stubs know no handler that answers
         self.sandboxes._client.meta.events.register("before-send.ecs", answer)
         tickets = (f"TICKET-{n}" for n in range(99))
-        self.launcher = Launcher(CONFIG, store, self.sandboxes, lambda: NOW, lambda: next(tickets))
+        self.sessions, self.now = Sessions(), NOW
+        api: Any = self.sessions
+        self.launcher = Launcher(
+            CONFIG, api, store, self.sandboxes, lambda: self.now, lambda: next(tickets), lambda _: None
+        )
         queue: Any = self
         self.observer = Observer(CONFIG, store, queue, self.woken.append, lambda: NOW)
         work = Work.model_validate(
@@ -92,7 +113,7 @@ class Room:
                 "environment_id": "env_1",
                 "data": {"type": "session", "id": "w"},
                 "state": "queued",
-                "secret": "SESSION-TOKEN",
+                "secret": SECRET,
             }
         )
         received = store.save(lifecycle.open_turn(None, work, now=NOW, owner="me", until=NOW, shard="0"))
@@ -288,7 +309,8 @@ def test_a_launch_carries_ids_and_a_ticket_and_no_other_secret(room: Room) -> No
         "FLEET_ATTEMPT": "1",
         "FLEET_TICKET": "TICKET-0",
     }
-    assert room.record().secret == SecretStr("SESSION-TOKEN")
+    assert room.record().secret == SecretStr(SECRET)
+    assert SECRET not in json.dumps(asked)
     assert "SESSION-TOKEN" not in json.dumps(asked)
     assert "TICKET-0" not in room.record().model_dump_json()
 
@@ -299,3 +321,51 @@ def test_a_task_that_is_absent_counts_as_stopped(room: Room, code: str) -> None:
     room.ecs.answers = [(400, {"__type": code, "message": "The referenced task was not found."})]
     room.sandboxes.stop("arn:task/1", "over")
     assert len(room.ecs.requests("StopTask")) == 1
+
+
+# --- what the session asks for in its metadata ------------------------------------------------------------------
+
+
+def test_a_session_s_metadata_is_read_once_with_its_own_token_and_kept_over_the_turn_s_attempts(room: Room) -> None:
+    room.sessions.told = {"sandbox-fleet.size": "large", "sandbox-fleet.git": "https://example.com/a.git", "mine": "x"}
+    room.launcher.launch(MESSAGE)
+    assert room.sessions.asked == [("w", SecretStr("SESSION-TOKEN"))]
+    wishes = Wishes(size="large", git="https://example.com/a.git")
+    assert room.record().wishes == wishes
+    room.told("RUNNING", 2)
+    room.told("STOPPED", 3, exit_code=1)
+    room.launcher.launch(MESSAGE.model_copy(update={"attempt": 2}))
+    assert (room.record().attempt, room.record().wishes) == (2, wishes)
+    assert len(room.sessions.asked) == 1
+
+
+@pytest.mark.parametrize("error", [NotAllowed("403"), Gone("404"), ValueError("no id of a session")])
+def test_metadata_that_cannot_be_read_fails_no_launch_and_is_read_by_the_next_attempt(
+    room: Room, error: Exception
+) -> None:
+    room.sessions.told = error
+    room.launcher.launch(MESSAGE)
+    assert room.record().task_arn
+    assert room.record().wishes is None
+    room.told("STOPPED", 3, exit_code=1)
+    room.sessions.told = {"sandbox-fleet.size": "large"}
+    room.launcher.launch(MESSAGE.model_copy(update={"attempt": 2}))
+    assert room.record().wishes == Wishes(size="large")
+
+
+def test_an_api_in_trouble_delays_a_launch_for_some_seconds_only(room: Room) -> None:
+    room.sessions.told = Busy("503")
+    with pytest.raises(PutOff):
+        room.launcher.launch(MESSAGE)
+    assert room.record().phase is Phase.HELD
+    room.now += lifecycle.WISHES_PATIENCE_MS
+    room.launcher.launch(MESSAGE)
+    assert room.record().task_arn
+    assert room.record().wishes is None
+
+
+def test_no_session_is_read_for_a_message_whose_moment_is_over(room: Room) -> None:
+    room.launcher.launch(MESSAGE)
+    room.sessions.asked.clear()
+    room.launcher.launch(MESSAGE)
+    assert room.sessions.asked == []

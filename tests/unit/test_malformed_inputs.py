@@ -245,12 +245,14 @@ def test_no_launch_message_is_lost() -> None:
         body_of(message["body"]).map(lambda body: message | {"body": body}),
     )
 
+    no_api: Any = None  # the records name no session
+
     @thorough
     @given(st.lists(st.one_of(wrong, st.just(message), st.just(second)), max_size=3))
     def kept(records: list[Any]) -> None:
         sqs.sent.clear()
         store = launching(PickyStore())
-        parts = _Served(Config(table="work"), store, runs, lambda: TURN, lambda: "example-ticket")
+        parts = _Served(Config(table="work"), no_api, store, runs, lambda: TURN, lambda: "example-ticket")
         module.launcher = lambda: parts  # type: ignore[attr-defined]
         with nothing_told() as told:
             reply = module.handler({"Records": records}, CONTEXT)

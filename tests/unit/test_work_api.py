@@ -763,3 +763,25 @@ def test_a_refused_token_is_not_shown() -> None:
         server.api().newest_events("sesn_1", token=TOKEN)
     assert TOKEN.get_secret_value() not in str(caught.value)
     assert len(server.requests) == 1
+
+
+def test_a_session_s_metadata_is_read_once_with_its_own_token_and_nothing_else_of_it_is_kept() -> None:
+    session = {"id": "sesn_1", "metadata": {"a": "b"}, "agent": {"system": "diary"}}
+    server = Server(ok(session))
+    read = server.api().session("sesn_1", token=TOKEN)
+    assert server.request.url.path == "/v1/sessions/sesn_1"
+    assert server.request.headers["authorization"] == f"Bearer {TOKEN.get_secret_value()}"
+    assert read.metadata == {"a": "b"}
+    assert "diary" not in read.model_dump_json()
+
+
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}])
+def test_a_session_may_have_no_metadata(metadata: dict[str, Any]) -> None:
+    assert Server(ok({"id": "sesn_1", **metadata})).api().session("sesn_1").metadata == {}
+
+
+def test_a_session_is_asked_for_once_even_if_the_api_is_busy() -> None:
+    server = Server(failure(503), ok({"id": "sesn_1"}))
+    with pytest.raises(Busy):
+        server.api().session("sesn_1")
+    assert len(server.requests) == 1
