@@ -8,12 +8,12 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from cli import show
+from cli import key, show, work
 from cli.stack import DEFAULT_STACK, Fleet
 from cli.terminal import Code, Failure, note
 from shared.config import Missing
 from shared.store import Conflict
-from shared.work_api import WorkApiError
+from shared.work_api import NO_HEARTBEAT, WorkApiError
 
 _VALUES = ("--stack", "--region", "--profile", "--endpoint-url")
 _FLAGS = ("--json",)
@@ -74,7 +74,31 @@ def _add(group: str, command: Any, example: str, name: str | None = None) -> Non
     app.command(name, rich_help_panel=group, epilog=f"Example:  {example}")(command)
 
 
+def _add_group(group: str, name: str, help: str, commands: dict[str, tuple[Any, str]]) -> None:
+    """Commands below one word: `fleet NAME COMMAND`, each with its example's arguments."""
+    below = typer.Typer(help=help, rich_markup_mode=None, no_args_is_help=True)
+    for word, (command, arguments) in commands.items():
+        below.command(word, epilog=f"Example:  fleet {name} {word} {arguments}".rstrip())(command)
+    app.add_typer(below, name=name, rich_help_panel=group)
+
+
 _add("Look", show.ls, "fleet ls --all")
+_add_group("Operate", "key", "Rotate the environment key.", {"rotate": (key.rotate, "--file new-key.txt")})
+_add_group(
+    "By hand",
+    "work",
+    "Make one call of the Work API, for diagnosis.",
+    {
+        "get": (work.get, "work_01ABC"),
+        "list": (work.list_, "--state active"),
+        "stats": (work.stats, ""),
+        "poll": (work.poll, ""),
+        "ack": (work.ack, "work_01ABC"),
+        "heartbeat": (work.heartbeat, f"work_01ABC --expected {NO_HEARTBEAT}"),
+        "stop": (work.stop, "work_01ABC --force"),
+        "update": (work.update, "work_01ABC --set owner=ana --delete note"),
+    },
+)
 
 
 def global_options_first(arguments: list[str]) -> list[str]:

@@ -12,7 +12,8 @@ from shared.config import Missing
 if TYPE_CHECKING:
     from types_boto3_secretsmanager import SecretsManagerClient
 
-_CACHE_SECONDS = 60.0
+CACHE_SECONDS = 60.0
+"""How long a process may go on with a key that is no longer the stored one."""
 
 
 class StoredKey:
@@ -37,7 +38,7 @@ class StoredKey:
         self._read_at = 0.0
 
     def __call__(self) -> SecretStr:
-        if self._key is None or self._now() - self._read_at > _CACHE_SECONDS:
+        if self._key is None or self._now() - self._read_at > CACHE_SECONDS:
             self._key, self._read_at = self._read(), self._now()
         return self._key
 

@@ -22,6 +22,7 @@ _STANDARD = BotoConfig(
     read_timeout=10,
     max_pool_connections=32,
 )
+ENVIRONMENT_KEY_PREFIX = "sk-"
 _NO_RETRIES = BotoConfig(retries={"total_max_attempts": 1}, connect_timeout=3, read_timeout=20)
 
 
@@ -36,7 +37,9 @@ def store(config: Config) -> DynamoStore:
 
 def environment_key(config: Config) -> StoredKey:
     client = boto3.client("secretsmanager", config=_STANDARD)
-    return StoredKey(client, config.key_secret_arn, name="environment key", prefix="sk-", until="nothing is polled")
+    return StoredKey(
+        client, config.key_secret_arn, name="environment key", prefix=ENVIRONMENT_KEY_PREFIX, until="nothing is polled"
+    )
 
 
 def webhook_key(config: Config) -> StoredKey:
@@ -46,7 +49,7 @@ def webhook_key(config: Config) -> StoredKey:
     )
 
 
-def work_api(config: Config, key: StoredKey | None) -> WorkApi:
+def work_api(config: Config, key: Callable[[], SecretStr] | None) -> WorkApi:
     """Without a key only calls with a session's own token get through; others raise NotAllowed, unsent."""
     return WorkApi(config.base_url, config.environment_id, key or _no_key, worker_id="sandbox-fleet")
 

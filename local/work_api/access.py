@@ -45,6 +45,9 @@ class Access:
     now: Callable[[], datetime]
     switches: Switches = field(default_factory=Switches)
     issued: list[str] = field(default_factory=list, repr=False)
+    more_keys: list[str] = field(
+        default_factory=list, repr=False
+    )  # of the same environment, as before a rotation's end
     _tokens: dict[str, tuple[Caller, datetime]] = field(default_factory=dict, repr=False)
 
     def issue_secret(self, work_id: str, session_id: str | None) -> str | None:
@@ -67,7 +70,7 @@ class Access:
         """Told by the token, whichever header it came in. Raises Refusal 401."""
         if not token:
             raise Refusal(401, "x-api-key header is required", type="authentication_error")
-        if secrets.compare_digest(token.encode(), self.environment_key.encode()):
+        if any(secrets.compare_digest(token.encode(), key.encode()) for key in (self.environment_key, *self.more_keys)):
             return Caller("environment_key")
         if secrets.compare_digest(token.encode(), self.org_key.encode()):
             return Caller("org_key")

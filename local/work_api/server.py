@@ -122,6 +122,7 @@ class Emulator:
             self._control("work/{work_id}/stop", self._control_stop),
             self._control("work/{work_id}/take_lease", self._take_lease),
             self._control("work/{work_id}/finish_foreign", self._finish_foreign),
+            self._control("keys", self._new_key),
             self._control("clock", self._clock),
             self._control("webhook", self._register_webhook),
             self._control("state", self._state, "GET"),
@@ -423,6 +424,14 @@ class Emulator:
         item = self._queue.stop(request.path_params["work_id"], force=True)
         self._foreign("finish_foreign", item.id, force=True)
         return json_reply(item.body())
+
+    async def _new_key(self, request: Request) -> Response:
+        """One more environment key; the first stays good, as until it is revoked."""
+        key = (await body_of(request)).get("key")
+        if not isinstance(key, str) or not key:
+            raise Refusal(400, "key must be a string that is not empty.")
+        self._access.more_keys.append(key)
+        return json_reply({"keys": 1 + len(self._access.more_keys)})
 
     async def _clock(self, request: Request) -> Response:
         seconds = (await body_of(request)).get("advance_seconds")
