@@ -10,7 +10,7 @@ export SAM_CLI_TELEMETRY := 0
 export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: help setup demo test lint format types template-checks unit simulation simulate simulate-selftest load load-local contract
-.PHONY: e2e lock clean
+.PHONY: e2e deploy environment-id lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -86,6 +86,20 @@ contract: setup  ## our parts against the official SDK, the emulator and the loc
 
 e2e: setup  ## the demo, checked from outside
 	$(BIN)/python -m pytest tests/e2e -q
+
+# --- to AWS --------------------------------------------------------------------------------------------------
+
+# Without --guided, which asks for each of the template's parameters (docs/decisions/0008-one-parameter.md)
+deploy: environment-id .venv-sam/.done  ## deploy to your AWS account (ENVIRONMENT_ID=env_01ABC, PARAMETERS="NetworkMode=private")
+	PATH="$(CURDIR)/.venv-sam/bin:$$PATH" sam build
+	.venv-sam/bin/sam deploy --parameter-overrides EnvironmentId=$(ENVIRONMENT_ID) $(PARAMETERS)
+	@secret="$$(.venv-sam/bin/sam list stack-outputs --output json | .venv-sam/bin/python -c 'import json, sys; \
+	  print(next(o["OutputValue"] for o in json.load(sys.stdin) if o["OutputKey"] == "EnvironmentKeySecretArn"))')"; \
+	echo "Deployed. If it is not there yet, put the environment key, from a file that holds nothing else:"; \
+	echo "  aws secretsmanager put-secret-value --secret-id $$secret --secret-string file://KEYFILE"
+
+environment-id:
+	@[ -n "$(ENVIRONMENT_ID)" ] || { echo "Which environment? make deploy ENVIRONMENT_ID=env_01ABC"; exit 1; }
 
 # --- upkeep --------------------------------------------------------------------------------------------------
 
