@@ -10,7 +10,9 @@ _runner = logging.getLogger("runner")
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line; an error is shown as its type and message, never as a traceback.
+    """One JSON object a line, with the keys of the control plane's lines (shared/log.py) so that one query reads both.
+
+    An error is shown as its type and message, never as a traceback.
 
     Secrets made known to `hide` are cut out of the finished line, so that none gets past in a message, a
     field or an error of any library.
@@ -31,10 +33,11 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
             "level": record.levelname,
-            "logger": record.name,
             "message": record.getMessage(),
+            "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
+            "service": "sandbox",
+            "logger": record.name,
             **self._common,
             **getattr(record, "fields", {}),
         }

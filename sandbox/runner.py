@@ -190,7 +190,7 @@ def protect_process() -> None:
     for name, option, value in _PROTECTIONS:
         if libc.prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0))) != 0:
             why = os.strerror(ctypes.get_errno())
-            say(logging.ERROR, "process not protected from its tools", option=name, error=why)
+            say(logging.ERROR, "process not protected from its tools", reason=f"{name} failed", error=why)
 
 
 # --- ending a turn early ----------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class EarlyEnd:
         if self.reason is not None:
             return
         self.reason = reason
-        say(logging.WARNING, "turn told to end", reason=reason.name, why=why)
+        say(logging.WARNING, "turn told to end", exit_name=reason.name, reason=why)
         loop = asyncio.get_running_loop()
         loop.call_later(self._stop_timeout * STOP_DEADLINE_SHARE, self._give_up)
         self._ending_tools = loop.create_task(self._end_tools())
@@ -245,7 +245,7 @@ class EarlyEnd:
     def _give_up(self) -> None:
         # SIGKILL is near: leave with a code and a line that say so, rather than without.
         code = self.reason or ExitCode.STOPPED
-        say(logging.ERROR, "stop timeout nearly over: a result or memory may be lost")
+        say(logging.WARNING, "stop timeout nearly over: a result or memory may be lost")
         end_tool_processes(self._mark, signal.SIGKILL)
         say_end(code)
         os._exit(code)
@@ -291,20 +291,21 @@ async def run_sandbox(config: Config, formatter: JsonLines) -> ExitCode:
             with early.scope:
                 grant = await control_plane.exchange(config.ticket, nonce)
                 formatter.hide(grant.secret_values())
-                say(logging.INFO, "ticket exchanged", session_id=grant.session_id)
+                formatter.add_fields({"session_id": grant.session_id})
+                say(logging.INFO, "ticket exchanged")
                 token = usable_token(config, grant)
                 formatter.hide([token])
                 await serve_turn(config, grant, early)
             if early.reason is not None:
-                say(logging.WARNING, "turn ended early", outcome=early.reason.name)
+                say(logging.WARNING, "turn ended early", exit_name=early.reason.name)
                 return early.reason
-            say(logging.INFO, "turn ended")
+            say(logging.INFO, "worker ended")
             async with AsyncAnthropic(auth_token=token, base_url=config.base_url) as client:
                 return await close_turn(client, grant, control_plane)
     except Exception as error:
         if early.reason is None:
             raise
-        say(logging.WARNING, "turn ended early", outcome=early.reason.name, error=describe(error))
+        say(logging.WARNING, "turn ended early", exit_name=early.reason.name, error=describe(error))
         return early.reason
     finally:
         end_tool_processes(mark, signal.SIGKILL)  # what an agent left running in the background
@@ -344,7 +345,7 @@ async def serve_turn(config: Config, grant: Grant, early: EarlyEnd) -> None:
         http_client=DefaultAsyncHttpxClient(transport=guard),
     ) as client:
         worker = client.beta.environments.work.worker(workdir=config.workdir, max_idle=config.max_idle)
-        say(logging.INFO, "turn started")
+        say(logging.INFO, "worker starts")
         await worker.handle_item(
             work_id=grant.work_id,
             environment_id=grant.environment_id,
@@ -360,11 +361,11 @@ async def close_turn(client: AsyncAnthropic, grant: Grant, control_plane: Contro
     While the item stays active with nobody listening, a new message is lost: do not wait for ECS.
     """
     if not await post_stop(client, grant) and not await have_it_stopped(control_plane, grant):
-        say(logging.ERROR, "the item could not be stopped: another attempt must look for messages")
+        say(logging.WARNING, "the item could not be stopped: another attempt must look for messages")
         return ExitCode.NOT_STOPPED
     if not await left_unserved(client, grant.session_id):
         return ExitCode.FINISHED
-    say(logging.ERROR, "a message came before the stop and nobody works on it", session_id=grant.session_id)
+    say(logging.ERROR, "a message came before the stop and nobody works on it")
     await tell_turn_ended(control_plane, grant, unserved=True)
     return ExitCode.UNSERVED
 
@@ -410,7 +411,7 @@ async def tell_turn_ended(control_plane: ControlPlane, grant: Grant, *, unserved
     try:
         stopped = await control_plane.turn_ended(grant.callback_secret.get_secret_value(), unserved=unserved)
     except (ControlPlaneUnanswered, TicketRefused) as error:
-        say(logging.ERROR, "the end of the turn could not be told", unserved=unserved, error=describe(error))
+        say(logging.WARNING, "the end of the turn could not be told", error=describe(error))
         return None
     say(logging.INFO, "end of the turn told", unserved=unserved, stopped=stopped)
     return stopped
@@ -467,14 +468,14 @@ def main() -> ExitCode:
         code = asyncio.run(run_sandbox(config, formatter))
     except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback, a code that says crash
         code = next((code for kind, code in known if isinstance(error, kind)), ExitCode.CRASH)
-        message = str(error) if code is not ExitCode.CRASH else f"unexpected error: {describe(error)}"
-        say(logging.ERROR, message)
+        known_error = str(error) if code is not ExitCode.CRASH else f"unexpected: {describe(error)}"
+        say(logging.ERROR, "sandbox failed", error=known_error)
     say_end(code)
     return code
 
 
 def say_end(code: ExitCode) -> None:
-    say(logging.INFO, "sandbox ends", exit_code=int(code), outcome=code.name)
+    say(logging.INFO, "sandbox ends", exit_code=int(code), exit_name=code.name)
 
 
 if __name__ == "__main__":

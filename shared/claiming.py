@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from shared import breaker, lifecycle
 from shared.config import SHARD, Config
 from shared.lifecycle import Offer, Verdict
-from shared.log import log
+from shared.log import log, log_fields
 from shared.loop import LeaseLoop
 from shared.metrics import Metric, emit
 from shared.record import Breaker, Lease, LiveEntry, Outcome, Phase, Record
@@ -97,7 +97,7 @@ class Claimer:
         except Conflict:
             return  # another run probes, or it was closed meanwhile
         self.queue.send(record)
-        log.info("probing whether launches work again", work_id=record.work_id, turn=record.turn)
+        log.info("probing whether launches work again", **log_fields(record))
 
     def _poll_until(self, pool: ThreadPoolExecutor, slots: "_Slots", owner: str, end: int, until: int) -> int:
         """One long poll at a time while idle; many at once from the first item to the first empty answer."""
@@ -107,7 +107,7 @@ class Claimer:
         while True:
             wanted = slots.take(at_once)
             if not wanted:
-                log.info("no slot is free; work waits in the server's queue", max=self.config.max_sessions)
+                log.info("no slot is free; work waits in the server's queue", count=self.config.max_sessions)
                 return claimed
             tries = [pool.submit(self._poll_once, block_ms, owner, until) for _ in range(wanted)]
             wait(tries)
@@ -135,18 +135,18 @@ class Claimer:
             return None
         if work is None:
             return None
-        return self._safely(self._take, work, owner, until)
+        return self._safely(work.id, lambda: self._take(work, owner, until))
 
-    def _safely(self, step: Callable[..., bool], *arguments: object) -> bool:
+    def _safely(self, work_id: str, step: Callable[[], bool]) -> bool:
         """One item's fault holds up no other; what it left is repaired by the next run."""
         try:
-            return step(*arguments)
+            return step()
         except Conflict as conflict:
-            log.info("left to the actor that got there first", detail=str(conflict))
+            log.info("left to the actor that got there first", work_id=work_id, reason=str(conflict))
         except WorkApiError as error:
-            log.error("claiming an item failed; the next run repairs it", error=error.message)
+            log.warning("claiming an item failed; the next run repairs it", work_id=work_id, error=error.message)
         except Exception:  # noqa: BLE001  one fault holds up no other; unknown errors retry (FIELD_NOTES 5)
-            log.exception("claiming an item failed; the next run repairs it")
+            log.exception("claiming an item failed in a way not known here; the next run repairs it", work_id=work_id)
         return False
 
     def _take(self, work: Work, owner: str, until: int) -> bool:
@@ -154,12 +154,13 @@ class Claimer:
         hand_over = self.config.hand_over_environment_key
         match lifecycle.judge_offer(record, work, self.now(), hand_over_key=hand_over):
             case Offer.REFUSE:
-                log.error("item left unacked: no usable secret or id", work_id=work.id, type=work.data.type)
+                reason = f"no usable secret or id; its type is {work.data.type}"
+                log.error("item left unacked", work_id=work.id, session_id=work.data.id, reason=reason)
                 return False
             case Offer.LEAVE:
                 return False
             case Offer.MARK:
-                change(
+                marked = change(
                     self.store,
                     work.id,
                     lambda r: (
@@ -168,10 +169,13 @@ class Claimer:
                         else r.noted(self.now(), "offered again: the lease is gone", lease_gone=True, post_stop=False)
                     ),
                 )
+                if marked is not None:
+                    log.warning("offered again while live: its lease is gone", **log_fields(marked))
                 return False
             case Offer.CLAIM:
                 fresh = lifecycle.open_turn(record, work, now=self.now(), owner=owner, until=until, shard=SHARD)
                 saved = self.store.save(fresh)
+                log.info("received", **log_fields(saved))
                 self.loop.ensure(SHARD)
                 return self.claim(saved, repair=False)
         return False
@@ -187,7 +191,7 @@ class Claimer:
         last = until - _TAKES_MS
 
         def repair(work_id: str) -> bool:
-            return self.now() < last and self._safely(self.repair, work_id, owner, until)
+            return self.now() < last and self._safely(work_id, lambda: self.repair(work_id, owner, until))
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return sum(pool.map(repair, stuck))
@@ -201,10 +205,12 @@ class Claimer:
         wait = _RESEND_AFTER_MS + lifecycle.relaunch_delay(record) * 1000
         if record.phase is Phase.HELD and now - record.timeline[-1].at > wait:
             self.queue.send(record)
+            log.warning("launch message sent again", **log_fields(record))
             return True
         if record.phase is not Phase.RECEIVED or record.claim_until > now:
             return False
         locked = self.store.save(record.noted(now, "repairing", claim_owner=owner, claim_until=until))
+        log.warning("claiming what a run left behind", **log_fields(locked))
         return self.claim(locked, repair=True)
 
     def claim(self, record: Record, *, repair: bool) -> bool:
@@ -236,7 +242,8 @@ class Claimer:
             if not claimed:
                 return self._close(record, Outcome.NOT_OURS)
         self.api.stop(record.work_id, force=True)
-        log.info("item that needs no sandbox acked and stopped", work_id=record.work_id, type=record.kind)
+        reason = f"its type is {record.kind}"
+        log.info("item that needs no sandbox acked and stopped", **log_fields(record), reason=reason)
         return self._close(record, Outcome.NO_SANDBOX)
 
     def _claim_lease(self, record: Record) -> bool:
@@ -259,7 +266,7 @@ class Claimer:
             except Gone:
                 return self._close(record, Outcome.LOST)
             except TryAgain as error:
-                log.warning("claim not answered; trying again", work_id=record.work_id, error=error.message)
+                log.warning("claim not answered; trying again", **log_fields(record), error=error.message)
                 self.sleep(min(error.wait_seconds or 2.0**attempt / 2, 5.0))
             else:
                 if beat.state == "active" and beat.lease_extended:
@@ -280,14 +287,14 @@ class Claimer:
             self.store.save_lease(lease, stored)
         held = self.store.save(lifecycle.held(record, self.now()))
         self.queue.send(held)
-        log.info("held", work_id=held.work_id, turn=held.turn, session_id=held.session_id)
+        log.info("held", **log_fields(held), pickup_seconds=lifecycle.pickup_seconds(held, self.now()))
         return True
 
     def _close(self, record: Record, outcome: Outcome) -> bool:
-        self.store.save(
+        closed = self.store.save(
             lifecycle.closed(record, self.now(), retention_seconds=self.config.retention_seconds, outcome=outcome)
         )
-        log.info("turn closed without a sandbox", work_id=record.work_id, turn=record.turn, outcome=outcome)
+        log.info("turn closed without a sandbox", **log_fields(closed), outcome=outcome)
         return False
 
 

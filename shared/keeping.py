@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from shared import lifecycle
 from shared.config import Config
 from shared.lifecycle import BeatResult
-from shared.log import log
+from shared.log import log, log_fields
 from shared.metrics import Metric, emit
 from shared.record import Lease, LiveEntry, Phase, Record
 from shared.store import Conflict, Store, change
@@ -90,7 +90,7 @@ class Keeper:
         doubted = gone > 3 and gone * 2 > len(due)
         if doubted:
             emit(Metric.MOST_ITEMS_GONE)
-            log.error("most work items answer 404: check base URL and environment id", gone=gone, beaten=len(due))
+            log.error("most work items answer 404: check base URL and environment id", count=gone, live=len(entries))
         result = _Kept([lease.due_at for entry, lease in kept if entry.work_id not in beaten], 0)
         for (_, lease), answered in zip(due, answers, strict=True):
             after_404 = lifecycle.after_no_answer(lease, now, None) if doubted else lifecycle.item_gone(lease)
@@ -115,20 +115,21 @@ class Keeper:
         try:
             beat = self.api.heartbeat(lease.work_id, lease.value, desired_ttl_seconds=self.config.lease_ttl_seconds)
         except LeaseLost as lost:
-            log.info("echo refused", work_id=lease.work_id, state=str(lost.current_state))
-            return lifecycle.after_refused_echo(lease, lost.current_state, sent_at)
+            state = lost.current_state
+            log.info("echo refused", **log_fields(lease), state=state and state.state)
+            return lifecycle.after_refused_echo(lease, state, sent_at)
         except Gone:
             return None
         except NotAllowed as error:
             self.key.forget()
             emit(Metric.KEY_REFUSED)
-            log.error("beat not allowed", work_id=lease.work_id, error=error.message)
+            log.error("beat not allowed", **log_fields(lease), error=error.message)
             return lifecycle.after_no_answer(lease, self.now(), None)
         except TryAgain as error:
-            log.warning("beat not answered", work_id=lease.work_id, error=error.message)
+            log.warning("beat not answered", **log_fields(lease), error=error.message)
             return lifecycle.after_no_answer(lease, self.now(), error.wait_seconds)
         except WorkApiError as error:
-            log.error("beat refused; kept until the lease deadline", work_id=lease.work_id, error=error.message)
+            log.error("beat refused; kept until the lease deadline", **log_fields(lease), error=error.message)
             return lifecycle.after_no_answer(lease, self.now(), None)
         return lifecycle.after_beat(lease, beat, sent_at, longest_ms=self.config.beat_interval_seconds * 1000)
 
@@ -137,7 +138,7 @@ class Keeper:
         try:
             self.store.save_lease(result.lease, lease)
         except Conflict:
-            log.info("a beat's reply dropped: the lease has changed", work_id=lease.work_id)
+            log.info("a beat's reply dropped: the lease has changed", **log_fields(lease))
             return 0
         return self._wish(lease, result)
 
@@ -152,7 +153,7 @@ class Keeper:
         )
         if changed is None:
             return 0
-        log.info("stop wanted", work_id=lease.work_id, turn=lease.turn, reason=wish.reason)
+        log.info("stop wanted", **log_fields(changed), reason=wish.reason)
         return 1
 
 

@@ -12,7 +12,7 @@ from shared import breaker, lifecycle
 from shared.config import Config
 from shared.diagnose import LaunchProblem, advice
 from shared.lifecycle import StopWish, WorkId
-from shared.log import log
+from shared.log import log, log_fields
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import LaunchFailed, Sandboxes
 from shared.store import Conflict, Store, change
@@ -73,7 +73,7 @@ class Launcher:
             ),
         )
         if record is None:
-            log.info("launch message dropped: not due, or held back by the circuit breaker", **message.model_dump())
+            log.info("launch message dropped: not due, or held back by the circuit breaker", **log_fields(message))
             return
         try:
             arn = self.sandboxes.run(record, ticket)
@@ -81,7 +81,7 @@ class Launcher:
             why = str(failure)[:_LONGEST_REASON]
             if failure.problem is not LaunchProblem.PERMANENT:
                 self._note_refusal(message, why, no_room=failure.problem in _NO_ROOM)
-                raise PutOff(f"{message.work_id}: {why}") from None
+                raise self._put_off(record, why) from None
             self._failed(record, message, f"{why}. {advice(str(failure))}")
             return
         self._store_arn(message, arn)
@@ -120,12 +120,17 @@ class Launcher:
             return
         # An earlier try may have started a task: the stopper proves what became of it
         if len(record.ticket_hashes) > 1:
-            raise PutOff(f"{message.work_id}: {why}")
+            raise self._put_off(record, why)
         try:
-            self.store.save(lifecycle.held_back(record, now, why))
+            held_back = self.store.save(lifecycle.held_back(record, now, why))
         except Conflict:
-            raise PutOff(f"{message.work_id}: {why}") from None
-        log.error("launch failed; held back until the cause is mended", **message.model_dump(), error=why)
+            raise self._put_off(record, why) from None
+        log.error("launch failed; held back until the cause is mended", **log_fields(held_back), reason=why)
+
+    @staticmethod
+    def _put_off(record: Record, why: str) -> PutOff:
+        log.warning("launch put off", **log_fields(record), reason=why)
+        return PutOff(f"{record.work_id}: {why}")
 
     def _paced(self) -> int:
         """The time now, once RunTask may be called; before the record is written, so that its times stay true."""
@@ -153,8 +158,8 @@ class Launcher:
                 return None
             return lifecycle.give_up_launch(record, wish, now)
 
-        change(self.store, message.work_id, stop)
-        log.error("launch failed for good", **message.model_dump(), error=why)
+        stopping = change(self.store, message.work_id, stop)
+        log.error("launch failed for good", **log_fields(stopping or message), reason=why)
 
     def _store_arn(self, message: LaunchMessage, arn: str) -> None:
         def fill_in(record: Record) -> Record | None:
@@ -166,9 +171,9 @@ class Launcher:
         current = stored and lifecycle.is_current(stored, message.turn, message.attempt)
         if not stored or not current or stored.task_arn != arn or stored.phase is Phase.STOPPING:
             self.sandboxes.stop(arn, "the turn was over before its sandbox had started")
-            log.info("stopped our own task: the turn was over", **message.model_dump(), task=arn)
+            log.info("stopped our own task: the turn was over", **log_fields(message), task=arn)
             return
-        log.info("launched", **message.model_dump(), task=arn)
+        log.info("launched", **log_fields(stored))
 
 
 def hash_secret(secret: str) -> str:

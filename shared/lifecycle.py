@@ -97,6 +97,7 @@ def open_turn(previous: Record | None, work: Work, *, now: int, owner: str, unti
         phase=Phase.RECEIVED,
         revision=previous.revision if previous else 0,
         secret=_secret_of(work),
+        queued_at=None if (queued := server_time(work.started_at)) is None else int(queued * 1000),
         claim_owner=owner,
         claim_until=until,
         shard=shard,
@@ -115,6 +116,11 @@ def acked(record: Record, acknowledged_at: str | None, now: int) -> Record:
 
 def held(record: Record, now: int) -> Record:
     return record.noted(now, "held", phase=Phase.HELD, claim_owner="", claim_until=0, sandbox_wanted_since=now)
+
+
+def pickup_seconds(record: Record, now: int) -> float | None:
+    """How long the item waited in the API's queue, if it said since when: our clock less the API's, so never exact."""
+    return None if record.queued_at is None else max(0, now - record.queued_at) / 1000
 
 
 def first_lease(record: Record, beat: Heartbeat, sent_at: int, *, longest_ms: int = LONGEST_INTERVAL_MS) -> Lease:
@@ -388,6 +394,13 @@ def after_running(record: Record, arn: str, version: int, now: int) -> Record | 
         refused_since=None,
         **changes,
     )
+
+
+def launch_seconds(record: Record) -> float | None:
+    """How long this attempt took from being wanted to running; None if it does not run."""
+    if record.running_since is None or record.sandbox_wanted_since is None:
+        return None
+    return max(0, record.running_since - record.sandbox_wanted_since) / 1000
 
 
 def never_ran(record: Record, exit_code: int | None) -> bool:

@@ -9,8 +9,8 @@ from pydantic import BaseModel, Field, ValidationError
 from shared import breaker, lifecycle
 from shared.claiming import LaunchQueue
 from shared.config import Config
-from shared.diagnose import Kind, diagnose
-from shared.log import log
+from shared.diagnose import Diagnosis, Kind, diagnose
+from shared.log import log, log_fields
 from shared.metrics import Metric, emit
 from shared.record import Phase, Record
 from shared.sandboxes import exit_code_of
@@ -47,7 +47,8 @@ class Observer:
             state = TaskState.model_validate(detail)
         except ValidationError as error:
             # Lambda's retries would not mend it; the turn's deadlines hold without it, and the stopper asks ECS itself
-            log.error("malformed task state ignored", wrong=[part["loc"] for part in error.errors()])
+            wrong = ", ".join(".".join(map(str, part["loc"])) for part in error.errors())
+            log.error("malformed task state ignored", reason=f"wrong: {wrong}")
             return
         name = lifecycle.parse_started_by(state.startedBy or "")
         if name is None:
@@ -56,8 +57,11 @@ class Observer:
         arn, status, version = state.taskArn, state.lastStatus, state.version or 0
         diagnosis, exit_code = diagnose(detail), exit_code_of(detail)
         refused = status == "STOPPED" and diagnosis.kind is Kind.LAUNCH_PERMANENT
+        before: Record | None = None
 
         def decide(record: Record) -> Record | None:
+            nonlocal before
+            before = record.model_copy(update={"task_arn": arn})
             if not lifecycle.is_current(record, turn, attempt) or version <= record.event_version:
                 return None
             if status == "RUNNING" or (status == "STOPPED" and exit_code is not None and not refused):
@@ -66,7 +70,7 @@ class Observer:
                 return lifecycle.after_running(record, arn, version, self.now())
             if status == "STOPPED":
                 return lifecycle.after_container_stopped(
-                    record.model_copy(update={"task_arn": arn}),
+                    before,
                     diagnosis,
                     exit_code,
                     version,
@@ -78,9 +82,12 @@ class Observer:
             return None
 
         changed = change(self.store, work_id, decide)
-        if changed is None:
+        if changed is None or before is None:
             return
-        log.info("task state", work_id=work_id, turn=turn, attempt=attempt, status=status, phase=changed.phase)
+        if status == "RUNNING":
+            log.info("sandbox runs", **log_fields(changed), launch_seconds=lifecycle.launch_seconds(changed))
+        else:
+            log_death(before, changed, diagnosis)
         if refused:
             breaker.failed(self.store, f"{diagnosis.summary}. {diagnosis.what_to_do}", self.now())
         if status == "STOPPED" and lifecycle.ended_too_soon(changed, self.now()):
@@ -89,3 +96,19 @@ class Observer:
             self.queue.send(changed)
         elif changed.phase is Phase.STOPPING and changed.dead:
             self.wake_stopper(work_id)
+
+
+def log_death(before: Record, after: Record, diagnosis: Diagnosis) -> None:
+    """Of the container of `before`'s attempt, and what follows; observer and stopper learn of it."""
+    named = log_fields(before) | {"phase": after.phase}
+    log.info(
+        "container dead",
+        **named,
+        exit_code=after.exit_code,
+        diagnosis=diagnosis.kind,
+        reason=diagnosis.summary,
+        error=diagnosis.detail,
+        what_to_do=diagnosis.what_to_do,
+    )
+    if after.phase is Phase.HELD:
+        log.warning("relaunching", **log_fields(after), reason=diagnosis.summary)

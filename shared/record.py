@@ -77,6 +77,7 @@ class Record(BaseModel):
     # the claim lock: only `claim_owner` acks and claims, until `claim_until`
     claim_owner: str = ""
     claim_until: int = 0
+    queued_at: int | None = None  # when the API queued the item, by the API's clock
     acknowledged_at: str | None = None  # from our own ack's 200 only: the base of the 412 rule
     lease_gone: bool = False  # a poll offered the item again: this turn never posts a stop
     # launching: kept over the attempts of a turn

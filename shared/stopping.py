@@ -10,8 +10,9 @@ from shared.claiming import LaunchQueue
 from shared.config import Config
 from shared.diagnose import Kind, diagnose
 from shared.keeping import Keeper
-from shared.log import log
+from shared.log import log, log_fields
 from shared.metrics import Metric, emit
+from shared.observing import log_death
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import Sandboxes, exit_code_of
 from shared.store import Conflict, Store
@@ -26,6 +27,8 @@ _COUNTED = {
     Outcome.LAUNCH_FAILED: Metric.LAUNCHES_FAILED,
     Outcome.UNSERVED: Metric.UNSERVED,
 }
+# Their session waits for somebody
+_FOR_A_PERSON = (Outcome.LAUNCH_FAILED, Outcome.FAILED, Outcome.TIMED_OUT, Outcome.UNSERVED)
 _NEWEST = 1 << 31  # a description is the newest word: no event is newer
 
 
@@ -56,17 +59,18 @@ class Stopper:
             record = self.store.get(work_id)
             return record is not None and self._settle(record)
         except Conflict as conflict:
-            log.info("left to the next round", work_id=work_id, detail=str(conflict))
+            log.info("left to the next round", work_id=work_id, reason=str(conflict))
         except WorkApiError as error:
-            log.error("stopping failed; the next round repeats it", work_id=work_id, error=error.message)
+            log.warning("stopping failed; the next round repeats it", work_id=work_id, error=error.message)
         except Exception:  # noqa: BLE001  one fault holds up no other; unknown errors retry (FIELD_NOTES 5)
-            log.exception("stopping failed; the next round repeats it", work_id=work_id)
+            log.exception("stopping failed in a way not known here; the next round repeats it", work_id=work_id)
         return False
 
     def _settle(self, record: Record) -> bool:
         now = self.now()
         if wish := lifecycle.overdue(record, self.config, now):
             record = self.store.save(lifecycle.want_stop(record, wish, now))
+            log.warning("stop wanted", **log_fields(record), reason=wish.reason)
         stalled = record.phase is Phase.LAUNCHING and now >= (record.launch_until or now)
         if stalled and self._stop_stalled_launch(record):
             return False
@@ -79,6 +83,7 @@ class Stopper:
                 self.store.save(record.model_copy(update={"sandbox_wanted_since": now}))
                 return False
             record = self.store.save(lifecycle.give_up_launch(record, wish, now))
+            log.error("launch failed for good", **log_fields(record), reason=wish.reason)
         if record.phase is not Phase.STOPPING:
             return False
         if lifecycle.stops_before_death(record):
@@ -100,7 +105,8 @@ class Stopper:
         dead = lifecycle.may_be_taken_as_dead(record, now)
         if not dead or not breaker.keeps(self.store, self.config, record, now, refused=False):
             return False  # its message comes back, until the launch deadline
-        self.store.save(lifecycle.held_back(record, now, "no task was started"))
+        held_back = self.store.save(lifecycle.held_back(record, now, "no task was started"))
+        log.warning("relaunching", **log_fields(held_back), reason="no task was started")
         return True
 
     def _kill(self, record: Record) -> Record | None:
@@ -112,7 +118,9 @@ class Stopper:
             return self._look_or_stop(record, arn, record.stop_reason or "stopped")
         if not lifecycle.may_be_taken_as_dead(record, self.now()):
             return None
-        return self.store.save(record.noted(self.now(), "no task found: dead", dead=True))
+        dead = self.store.save(record.noted(self.now(), "no task found: dead", dead=True))
+        log.info("container dead", **log_fields(dead), reason="no task is found under its name")
+        return dead
 
     def _look_or_stop(self, record: Record, arn: str, why: str) -> Record | None:
         task = self.sandboxes.describe([arn]).get(arn)
@@ -124,7 +132,9 @@ class Stopper:
             if record.stop_task_sent_at is None or task.get("desiredStatus") != "STOPPED":
                 self.sandboxes.stop(arn, why)
                 noted = record.noted(self.now(), "StopTask sent", stop_task_sent_at=self.now(), task_arn=arn)
-                return self.store.save(noted)
+                noted = self.store.save(noted)
+                log.info("StopTask sent", **log_fields(noted), reason=why)
+                return noted
             return None
         diagnosis, exit_code = diagnose(task), exit_code_of(task)
         refused = diagnosis.kind is Kind.LAUNCH_PERMANENT
@@ -141,6 +151,8 @@ class Stopper:
             and breaker.keeps(self.store, self.config, record, self.now(), refused=refused),
         )
         saved = self.store.save(after) if after else None
+        if saved:
+            log_death(record, saved, diagnosis)
         if saved and refused:
             breaker.failed(self.store, f"{diagnosis.summary}. {diagnosis.what_to_do}", self.now())
         if saved and saved.phase is Phase.HELD:
@@ -161,14 +173,11 @@ class Stopper:
         closed = self.store.save(lifecycle.closed(record, self.now(), retention_seconds=self.config.retention_seconds))
         if closed.outcome in _COUNTED:
             emit(_COUNTED[closed.outcome])
-        log.info(
-            "turn ended",
-            work_id=record.work_id,
-            turn=record.turn,
-            outcome=record.stop_outcome,
-            reason=record.stop_reason,
-            exit_code=record.exit_code,
-        )
+        fields = log_fields(closed) | {"outcome": closed.outcome, "exit_code": closed.exit_code}
+        if closed.outcome in _FOR_A_PERSON:
+            log.error("turn ended", **fields, reason=closed.reason)
+        else:
+            log.info("turn ended", **fields, reason=closed.reason)
         return True
 
     def _post(self, record: Record) -> Record | None:
@@ -197,7 +206,9 @@ class Stopper:
             return None
         with contextlib.suppress(Gone):
             self.api.stop(record.work_id, force=True)
-        return self.store.save(posting.noted(self.now(), "the item is stopped", post_stop=False))
+        stopped = self.store.save(posting.noted(self.now(), "the item is stopped", post_stop=False))
+        log.info("item stopped", **log_fields(stopped), reason=stopped.stop_reason)
+        return stopped
 
     def _nothing_to_post(self, record: Record) -> Record:
         return self.store.save(record.model_copy(update={"post_stop": False}))

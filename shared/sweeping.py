@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from shared import lifecycle, progress
 from shared.claiming import Claimer
 from shared.config import SHARD, Config, Missing
-from shared.log import log
+from shared.log import log, log_fields
 from shared.metrics import Metric, emit
 from shared.observing import Observer
 from shared.record import LiveEntry, Phase, Record
@@ -96,7 +96,7 @@ class Janitor:
                 raise OutOfTime  # noqa: TRY301  handled as when it runs out inside
             part()
         except Missing as missing:
-            log.warning(str(missing), part=name)
+            log.error("not configured: a part of the sweep is left out", part=name, reason=str(missing))
             return False
         except NotAllowed as error:
             self.claimer.key.forget()
@@ -106,9 +106,9 @@ class Janitor:
         except OutOfTime:
             log.warning("a part of the sweep ran out of time; the next round goes on", part=name)
         except WorkApiError as error:
-            log.error("a part of the sweep failed; the next round repeats it", part=name, error=error.message)
+            log.warning("a part of the sweep failed; the next round repeats it", part=name, error=error.message)
         except Exception:  # noqa: BLE001  one fault holds up no other part (FIELD_NOTES 5)
-            log.exception("a part of the sweep failed; the next round repeats it", part=name)
+            log.exception("a part of the sweep failed in a way not known here; the next round repeats it", part=name)
         else:
             return True
         emit(Metric.SWEEPS_FAILED)
@@ -123,7 +123,7 @@ class Janitor:
             try:
                 step(item)
             except Conflict as conflict:
-                log.info("left to the actor that got there first", detail=str(conflict))
+                log.info("left to the actor that got there first", reason=str(conflict))
             except Exception as error:  # noqa: BLE001  raised below
                 fault = error
         if fault is not None:
@@ -138,7 +138,7 @@ class Janitor:
     def _repair(self, entries: list[LiveEntry], until: int) -> None:
         repaired = self.claimer.repair_stuck(entries, "janitor", until)
         if repaired:
-            log.info("stuck turns repaired", count=repaired)
+            log.warning("stuck turns repaired", count=repaired)
 
     def _wake_stopper(self, entries: list[LiveEntry], until: int) -> None:
         """The loop does this as well, unless its Beat fails."""
@@ -176,7 +176,7 @@ class Janitor:
             return
         if record.started_by is None or self.sandboxes.find(record.started_by):
             return
-        log.warning("a sandbox is gone without a word", work_id=record.work_id, turn=record.turn, task=arn)
+        log.warning("a sandbox is gone without a word", **log_fields(record))
         gone = {"lastStatus": "STOPPED", "stoppedReason": "the task is no longer known to ECS"}
         named = {"taskArn": arn, "startedBy": record.started_by, "version": record.event_version + 1}
         self.observer.observe(gone | named)
@@ -205,7 +205,7 @@ class Janitor:
                 return
             saved = self.store.save(after)
             if saved.restart_reason:
-                log.error("a sandbox hangs", work_id=saved.work_id, turn=saved.turn, reason=saved.restart_reason)
+                log.warning("a sandbox hangs", **log_fields(saved), reason=saved.restart_reason)
                 self.wake_stopper(saved.work_id)
 
         try:
@@ -231,7 +231,7 @@ class Janitor:
         except (NotAllowed, Gone, Refused) as error:
             found, problem = None, error.message
         if found is None and marks.is_new(f"unread {record.started_by}"):
-            log.warning("a session's progress is not known", work_id=record.work_id, error=problem)
+            log.warning("a session's progress is not known", **log_fields(record), reason=problem)
         return found
 
     # --- tasks ------------------------------------------------------------------------------------------------
@@ -253,7 +253,13 @@ class Janitor:
                 return
             orphans += 1
             if marks.seen_before(f"task {arn}", self.now()):
-                log.warning("stopping a sandbox that no live record names", work_id=work_id, turn=turn, task=arn)
+                log.warning(
+                    "stopping a sandbox that no live record names",
+                    work_id=work_id,
+                    turn=turn,
+                    attempt=attempt,
+                    task=arn,
+                )
                 self.sandboxes.stop(arn, "no live record names this task")
 
         self._each(self.sandboxes.describe(self.sandboxes.meant_to_run()).values(), judge, until)
@@ -274,11 +280,12 @@ class Janitor:
                 return
             stranded += 1
             log.error(
-                "item stranded: nobody serves it and no poll offers it; force-stop it, then interrupt its session",
+                "item stranded",
                 work_id=work.id,
+                session_id=work.data.id,
                 state=work.state,
-                acknowledged_at=work.acknowledged_at,
-                latest_heartbeat_at=work.latest_heartbeat_at,
+                reason=f"acknowledged at {work.acknowledged_at}, last beat at {work.latest_heartbeat_at}",
+                what_to_do="nobody serves it and no poll offers it: force-stop it, then interrupt its session",
             )
             fresh = self.now() - read_at <= _FRESH_MS
             if self.config.force_stop_strands and stops < STOPS_A_ROUND and fresh:
@@ -306,9 +313,10 @@ class Janitor:
                     return
             self.api.stop(work.id, force=True)
         except (Gone, LeaseLost):
-            log.info("a stranded item has moved on by itself", work_id=work.id)
+            log.info("a stranded item has moved on by itself", work_id=work.id, session_id=work.data.id)
             return
-        log.warning("stranded item force-stopped; interrupt its session to queue it again", work_id=work.id)
+        advice = "interrupt its session to queue it again"
+        log.warning("stranded item force-stopped", work_id=work.id, session_id=work.data.id, what_to_do=advice)
 
     # --- gauges -----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, SecretStr
 from shared import lifecycle
 from shared.launching import hash_secret
 from shared.lifecycle import StopWish, WorkId
-from shared.log import log
+from shared.log import log, log_fields
 from shared.record import Outcome, Phase, Record
 from shared.store import Store, change
 
@@ -88,8 +88,9 @@ class Tickets:
         record = change(self.store, request.work_id, bind)
         servable = record and record.session_id and (record.secret or self.environment_key)
         if record is None or record.session_id is None or not servable:
-            log.warning("ticket refused", work_id=request.work_id, turn=request.turn, attempt=request.attempt)
+            log.warning("ticket refused", **log_fields(request))
             raise TicketRefused
+        log.info("ticket used", **log_fields(record))
         return Credential(
             work_id=record.work_id,
             environment_id=record.environment_id,
@@ -125,9 +126,10 @@ class Tickets:
 
         changed = change(self.store, word.work_id, end)
         if not known:
-            log.warning("last word refused", work_id=word.work_id, turn=word.turn, attempt=word.attempt)
+            log.warning("last word refused", **log_fields(word))
             raise TicketRefused
         if changed is not None:
+            log.info("stop wanted", **log_fields(changed), reason=wish.reason)
             self.wake_stopper(word.work_id)
         return stopped
 

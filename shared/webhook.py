@@ -44,7 +44,7 @@ class Doorbell:
         if event.data.type != RUN_STARTED:
             return
         self.wake_poller()
-        log.info("webhook woke the poller", webhook_id=headers["webhook-id"])
+        log.info("webhook woke the poller", message_id=headers["webhook-id"])
 
 
 def verify(key: SecretStr, headers: Mapping[str, str], body: bytes) -> None:

@@ -42,12 +42,11 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     for message in records if isinstance(records, list) else [records]:
         try:
             _launch(message)
-        except PutOff as reason:
-            log.warning("launch put off", reason=str(reason))
+        except PutOff:
             _come_back_later(message)
             failed.append(message)
         except Exception:  # noqa: BLE001  one fault holds up no other; unknown errors retry (FIELD_NOTES 5)
-            log.exception("launch failed; the message comes back", id=_id(message))
+            log.exception("launch failed; the message comes back", message_id=_id(message))
             failed.append(message)
     return {"batchItemFailures": [{"itemIdentifier": _id(message)} for message in failed]}
 
@@ -62,7 +61,7 @@ def _launch(message: dict[str, Any]) -> None:
     try:
         parsed = LaunchMessage.model_validate_json(message["body"])
     except ValidationError:
-        log.error("malformed launch message: moved to the dead-letter queue", id=_id(message))
+        log.error("malformed launch message: moved to the dead-letter queue", message_id=_id(message))
         sqs().send_message(QueueUrl=config().dead_letters_url, MessageBody=message["body"])
     else:
         launcher().launch(parsed)
@@ -76,4 +75,4 @@ def _come_back_later(message: dict[str, Any]) -> None:
             QueueUrl=config().queue_url, ReceiptHandle=message["receiptHandle"], VisibilityTimeout=wait
         )
     except Exception:  # noqa: BLE001  the others of the batch go on; this one comes back when its visibility ends
-        log.exception("the message comes back later than wanted", id=_id(message))
+        log.exception("the message comes back later than wanted", message_id=_id(message))

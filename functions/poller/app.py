@@ -35,7 +35,7 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, int]:
         until = wiring.now() + context.get_remaining_time_in_millis() - _SAFETY_MS
         return {"held": claimer().run(owner=context.aws_request_id, until=until)}
     except Missing as missing:
-        log.warning(str(missing))
+        log.error("not configured: nothing is polled", reason=str(missing))
     except WorkApiError as error:
-        log.error(error.message)
+        log.error("polling failed; the next minute tries again", error=error.message)
     return {"held": 0}

@@ -33,15 +33,16 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     except TooLarge:
         return reply(413, {"error": "too large"})
     except NotGenuine:
-        log.warning("webhook refused: its signature, time or headers are wrong; is the signing key the endpoint's own?")
+        reason = "its signature, time or headers are wrong; is the signing key the endpoint's own?"
+        log.warning("webhook refused", reason=reason)
         return reply(401, {"error": "refused"})
     except ValidationError:
-        log.warning("webhook refused: signed, but not an event as we know them")
+        log.warning("webhook refused", reason="signed, but not an event as we know them")
         return reply(400, {"error": "malformed event"})
     except Missing as missing:
-        log.warning(str(missing))
+        log.error("not configured: webhooks get a 503", reason=str(missing))
         return reply(503, {"error": "not ready"})
     except (BotoCoreError, ClientError) as error:
-        log.error("webhook not served; its sender tries again, and the schedule polls anyway", error=str(error))
+        log.warning("webhook not served; its sender tries again, and the schedule polls anyway", error=str(error))
         return reply(503, {"error": "not ready"})
     return reply(202, {})

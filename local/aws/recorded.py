@@ -7,6 +7,7 @@ Any other type that it does not know fails the deploy.
 RECORDED_ONLY: dict[str, tuple[str, tuple[str, ...]]] = {
     "AWS::EC2::EIP": ("eipalloc-", ("AllocationId",)),
     "AWS::EC2::NatGateway": ("nat-", ("NatGatewayId",)),
+    "AWS::Logs::QueryDefinition": ("query-", ("QueryDefinitionId",)),
     "AWS::Route53Resolver::FirewallDomainList": ("rslvr-fdl-", ("Id",)),
     "AWS::Route53Resolver::FirewallRuleGroup": ("rslvr-frg-", ("Id",)),
     "AWS::Route53Resolver::FirewallRuleGroupAssociation": ("rslvr-frgassoc-", ("Id",)),

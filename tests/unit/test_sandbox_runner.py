@@ -122,7 +122,7 @@ def test_a_protection_that_the_kernel_refuses_is_logged_and_the_turn_goes_on(
     monkeypatch.setattr(runner, "_PROTECTIONS", (("PR_NONE", -1, 0),))
     runner.protect_process()
     line = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert (line["level"], line["option"], line["error"]) == ("ERROR", "PR_NONE", "Invalid argument")
+    assert (line["level"], line["reason"], line["error"]) == ("ERROR", "PR_NONE failed", "Invalid argument")
 
 
 def test_bad_configuration_ends_with_one_clear_line_and_its_own_code() -> None:
@@ -136,7 +136,7 @@ def test_bad_configuration_ends_with_one_clear_line_and_its_own_code() -> None:
     )
     errors = [line for line in map(json.loads, done.stdout.splitlines()) if line["level"] == "ERROR"]
     assert done.returncode == ExitCode.BAD_CONFIGURATION
-    assert [line["message"] for line in errors] == [
+    assert [line["error"] for line in errors] == [
         "FLEET_WORK_ID is not set (the launcher sets it in the RunTask overrides)"
     ]
     assert done.stderr == ""
