@@ -9,8 +9,8 @@ BIN := .venv/bin
 export SAM_CLI_TELEMETRY := 0
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo test lint format types template-checks unit simulation simulate simulate-selftest load load-local contract
-.PHONY: e2e deploy environment-id lock clean
+.PHONY: help setup demo test lint format types template-checks unit simulation simulate simulate-selftest load load-local bench
+.PHONY: contract e2e deploy environment-id lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -56,7 +56,7 @@ format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 
 types: setup
-	$(BIN)/mypy shared local sandbox cli tests
+	$(BIN)/mypy shared local sandbox cli bench tests
 	@for function in functions/*/; do $(BIN)/mypy $$function/app.py || exit 1; done
 
 template-checks: setup
@@ -80,6 +80,9 @@ load: setup  ## 10,000 sessions at once on the simulation, 1,000 slots (ARGS="--
 
 load-local: setup  ## 200 sessions at once on the local AWS, 8 sandboxes at a time (about ten minutes)
 	@$(BIN)/python -m local.demo --sessions 200 --timeout 1500
+
+bench: setup  ## measure beside the official SDK, and what it costs (under ten minutes; ARGS="--help" for options)
+	@$(BIN)/python -m bench $(ARGS)
 
 contract: setup  ## our parts against the official SDK, the emulator and the local AWS
 	$(BIN)/python -m pytest tests/contract -q

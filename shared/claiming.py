@@ -1,15 +1,14 @@
 """Claims work without stranding it: poll, put, ack, claim, hold, send (DESIGN §5). The rules are lifecycle's."""
 
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING
 
 from shared import breaker, lifecycle
 from shared.config import SHARD, Config
+from shared.launch_queue import LaunchQueue
 from shared.lifecycle import Offer, Verdict
 from shared.log import log, log_fields
 from shared.loop import LeaseLoop
@@ -29,26 +28,11 @@ from shared.work_api import (
     WorkApiError,
 )
 
-if TYPE_CHECKING:
-    from types_boto3_sqs import SQSClient
-
 LONGEST_BLOCK_MS = 999
 AT_ONCE = 8
 _CLAIM_TRIES = 3
 _RESEND_AFTER_MS = 120_000
 _TAKES_MS = 30_000  # what is begun later could outlive the run
-
-
-class LaunchQueue:
-    """The SQS queue between claim and launch; a duplicate message is harmless, the launcher's condition drops it."""
-
-    def __init__(self, client: "SQSClient", url: str) -> None:
-        self._client, self._url = client, url
-
-    def send(self, record: Record) -> None:
-        body = {"work_id": record.work_id, "turn": record.turn, "attempt": record.attempt}
-        delay = lifecycle.relaunch_delay(record)
-        self._client.send_message(QueueUrl=self._url, MessageBody=json.dumps(body), DelaySeconds=delay)
 
 
 @dataclass

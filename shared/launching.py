@@ -1,6 +1,5 @@
 """Starts one sandbox for a held turn (DESIGN §6). Idempotent by the record's phase and RunTask's token."""
 
-import hashlib
 import secrets
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from shared.log import log, log_fields
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import LaunchFailed, Sandboxes
 from shared.store import Conflict, Store, change
+from shared.ticketing import hash_secret
 from shared.wishes import Wishes, unknown_keys, wishes_in
 from shared.work_api import TryAgain, WorkApi
 
@@ -174,8 +174,3 @@ class Launcher:
             log.info("stopped our own task: the turn was over", **log_fields(message), task=arn)
             return
         log.info("launched", **log_fields(stored))
-
-
-def hash_secret(secret: str) -> str:
-    """What is stored of a ticket, nonce or callback secret: 256 random bits need no salt."""
-    return hashlib.sha256(secret.encode()).hexdigest()

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import SecretStr, StringConstraints
 
@@ -16,7 +16,9 @@ from shared.config import Config
 from shared.diagnose import Diagnosis, Kind
 from shared.record import HISTORY_TURNS, Lease, LiveEntry, Outcome, PastTurn, Phase, Record
 from shared.wishes import Wishes
-from shared.work_api import CurrentState, Heartbeat, Work
+
+if TYPE_CHECKING:  # half of the functions make no call and need not load its HTTP client
+    from shared.work_api import CurrentState, Heartbeat, Work
 
 ACKED = "acked"
 LEASE_MARGIN_MS = 5_000
@@ -59,7 +61,7 @@ class Offer(StrEnum):
     REFUSE = "refuse"  # cannot be served at all: left unacked and reported
 
 
-def judge_offer(record: Record | None, work: Work, now: int, *, hand_over_key: bool = False) -> Offer:
+def judge_offer(record: Record | None, work: "Work", now: int, *, hand_over_key: bool = False) -> Offer:
     """An offer proves that the item is queued: a turn past `received` has lost its lease (DESIGN §7).
 
     A session without a `secret` can be served only if the environment key may be handed over (DESIGN §5).
@@ -75,11 +77,11 @@ def judge_offer(record: Record | None, work: Work, now: int, *, hand_over_key: b
     return Offer.LEAVE if record.lease_gone else Offer.MARK
 
 
-def _secret_of(work: Work) -> SecretStr | None:
+def _secret_of(work: "Work") -> SecretStr | None:
     return work.secret if work.secret and work.secret.get_secret_value() else None
 
 
-def open_turn(previous: Record | None, work: Work, *, now: int, owner: str, until: int, shard: str) -> Record:
+def open_turn(previous: Record | None, work: "Work", *, now: int, owner: str, until: int, shard: str) -> Record:
     """The record of a polled item, locked for `owner`; a `received` turn goes on, an ended one is succeeded."""
     turn, history = now, _NO_TURNS
     if previous is not None:
@@ -123,7 +125,7 @@ def pickup_seconds(record: Record, now: int) -> float | None:
     return None if record.queued_at is None else max(0, now - record.queued_at) / 1000
 
 
-def first_lease(record: Record, beat: Heartbeat, sent_at: int, *, longest_ms: int = LONGEST_INTERVAL_MS) -> Lease:
+def first_lease(record: Record, beat: "Heartbeat", sent_at: int, *, longest_ms: int = LONGEST_INTERVAL_MS) -> Lease:
     return Lease(
         work_id=record.work_id,
         turn=record.turn,
@@ -164,12 +166,12 @@ class Verdict(StrEnum):
     OVER = "over"  # the item is stopped
 
 
-def judge_echo_refusal(lease: Lease, state: CurrentState | None) -> Verdict:
+def judge_echo_refusal(lease: Lease, state: "CurrentState | None") -> Verdict:
     """The 412 rule for an echo: ours only by continuity on the server's clock from the stored value."""
     return _judge_refusal(lease.value, lease.ttl_seconds, state, unclaimed=Verdict.LOST)
 
 
-def judge_claim_refusal(record: Record, state: CurrentState | None, desired_ttl_seconds: int) -> Verdict:
+def judge_claim_refusal(record: Record, state: "CurrentState | None", desired_ttl_seconds: int) -> Verdict:
     """The 412 rule for a claim. Without our own ack's 200 another's lease is never ours (DESIGN §5, rule 5).
 
     Without a state it may be nobody's: given up, an item that an unanswered ack of ours took would wait for ever.
@@ -182,7 +184,7 @@ def judge_claim_refusal(record: Record, state: CurrentState | None, desired_ttl_
     return _judge_refusal(record.acknowledged_at, window, state, unclaimed=Verdict.UNKNOWN)
 
 
-def _judge_refusal(base: str, window_seconds: int, state: CurrentState | None, *, unclaimed: Verdict) -> Verdict:
+def _judge_refusal(base: str, window_seconds: int, state: "CurrentState | None", *, unclaimed: Verdict) -> Verdict:
     if state is None:
         return Verdict.UNKNOWN
     if state.state == "stopped":
@@ -236,7 +238,7 @@ LEASE_LOST = StopWish("the lease is lost", Outcome.LOST, post=False)
 ITEM_GONE = StopWish("the work item is gone", Outcome.LOST, post=False)
 
 
-def after_beat(lease: Lease, beat: Heartbeat, sent_at: int, *, longest_ms: int = LONGEST_INTERVAL_MS) -> BeatResult:
+def after_beat(lease: Lease, beat: "Heartbeat", sent_at: int, *, longest_ms: int = LONGEST_INTERVAL_MS) -> BeatResult:
     """What a 200 means; branches on `state` first (DESIGN §7)."""
     if beat.state == "stopped":
         return BeatResult(lease.model_copy(update={"over": "stopped"}), ALREADY_STOPPED)
@@ -258,7 +260,7 @@ def after_beat(lease: Lease, beat: Heartbeat, sent_at: int, *, longest_ms: int =
     return BeatResult(kept, accepted=True)
 
 
-def after_refused_echo(lease: Lease, state: CurrentState | None, sent_at: int) -> BeatResult:
+def after_refused_echo(lease: Lease, state: "CurrentState | None", sent_at: int) -> BeatResult:
     """What a 412 to an echo means."""
     match judge_echo_refusal(lease, state):
         case Verdict.OURS:
@@ -618,7 +620,7 @@ def is_orphan(record: Record | None, turn: int, attempt: int, arn: str) -> bool:
     return record.task_arn is not None and record.task_arn != arn
 
 
-def is_stranded(work: Work, record: Record | None, now: int) -> bool:
+def is_stranded(work: "Work", record: Record | None, now: int) -> bool:
     """Unfinished at the API, unattended for longer than any lease lives, and no live record of ours (W§6.4)."""
     if work.state not in ("starting", "active", "stopping") or (record is not None and record.is_live):
         return False

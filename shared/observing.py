@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from shared import breaker, lifecycle
-from shared.claiming import LaunchQueue
 from shared.config import Config
 from shared.diagnose import Diagnosis, Kind, diagnose
+from shared.launch_queue import LaunchQueue
 from shared.log import log, log_fields
 from shared.metrics import Metric, emit
 from shared.record import Phase, Record

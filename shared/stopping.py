@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from shared import breaker, lifecycle
-from shared.claiming import LaunchQueue
 from shared.config import Config
 from shared.diagnose import Kind, diagnose
 from shared.keeping import Keeper
+from shared.launch_queue import LaunchQueue
 from shared.log import log, log_fields
 from shared.metrics import Metric, emit
 from shared.observing import log_death

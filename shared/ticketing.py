@@ -1,5 +1,6 @@
 """Gives a starting sandbox its own session's credential for its ticket; takes its last word (DESIGN §6, §7)."""
 
+import hashlib
 import hmac
 import secrets
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, SecretStr
 
 from shared import lifecycle
-from shared.launching import hash_secret
 from shared.lifecycle import StopWish, WorkId
 from shared.log import log, log_fields
 from shared.record import Outcome, Phase, Record
@@ -141,3 +141,8 @@ def _may_start(record: Record, turn: int, attempt: int) -> bool:
 def _among(given: str, stored: tuple[str, ...]) -> bool:
     matches = [hmac.compare_digest(given, one) for one in stored]  # all of them: constant time
     return any(matches)
+
+
+def hash_secret(secret: str) -> str:
+    """What is stored of a ticket, nonce or callback secret: 256 random bits need no salt."""
+    return hashlib.sha256(secret.encode()).hexdigest()

@@ -3,18 +3,21 @@
 import json
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import boto3
 from botocore.config import Config as BotoConfig
 from pydantic import SecretStr
 
-from shared.claiming import LaunchQueue
 from shared.config import Config
+from shared.launch_queue import LaunchQueue
 from shared.loop import LeaseLoop
 from shared.sandboxes import Sandboxes
 from shared.store import DynamoStore, Store
 from shared.stored_key import StoredKey
-from shared.work_api import WorkApi
+
+if TYPE_CHECKING:
+    from shared.work_api import WorkApi
 
 _STANDARD = BotoConfig(
     retries={"mode": "standard", "max_attempts": 3},
@@ -49,8 +52,10 @@ def webhook_key(config: Config) -> StoredKey:
     )
 
 
-def work_api(config: Config, key: Callable[[], SecretStr] | None) -> WorkApi:
+def work_api(config: Config, key: Callable[[], SecretStr] | None) -> "WorkApi":
     """Without a key only calls with a session's own token get through; others raise NotAllowed, unsent."""
+    from shared.work_api import WorkApi  # noqa: PLC0415  as in lifecycle.py
+
     return WorkApi(config.base_url, config.environment_id, key or _no_key, worker_id="sandbox-fleet")
 
 

@@ -17,9 +17,10 @@ import shared.stopping
 import shared.wiring
 from local.work_api.state import Item, Refusal
 from shared import lifecycle
-from shared.claiming import Claimer, LaunchQueue
+from shared.claiming import Claimer
 from shared.config import SHARD, Config
 from shared.keeping import Keeper
+from shared.launch_queue import LaunchQueue
 from shared.launching import Launcher
 from shared.log import log
 from shared.loop import LeaseLoop

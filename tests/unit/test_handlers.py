@@ -12,11 +12,11 @@ from pydantic import SecretStr
 
 from shared import lifecycle
 from shared.config import Config, Missing
-from shared.launching import LaunchMessage, PutOff, hash_secret
+from shared.launching import LaunchMessage, PutOff
 from shared.observing import Observer
 from shared.record import Phase, Record
 from shared.store import MemoryStore
-from shared.ticketing import Tickets
+from shared.ticketing import Tickets, hash_secret
 from shared.work_api import NotAllowed, Refused, Work
 
 ROOT = Path(__file__).resolve().parents[2]

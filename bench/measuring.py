@@ -1,0 +1,43 @@
+"""What the measurements share: processes of their own that answer with one line of JSON, and medians."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+AWS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+_LONGEST_SECONDS = 300.0
+
+
+class ChildFailed(Exception):
+    """A measured process did not answer; the message holds its last lines."""
+
+
+def child(arguments: Iterable[str | Path], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run Python with these arguments; the last line that it prints is its answer. Raises ChildFailed."""
+    argv = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(
+        argv,
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], **AWS, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=_LONGEST_SECONDS,
+        check=False,
+    )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+        raise ChildFailed(f"{' '.join(argv[1:6])} failed ({done.returncode}):\n  {said}")
+    answer: dict[str, Any] = json.loads(lines[-1])
+    return answer
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Of each figure, the median over the runs."""
+    return {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
