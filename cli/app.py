@@ -8,7 +8,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from cli import key, show, work
+from cli import control, doctor, key, logs, show, stats, work
 from cli.stack import DEFAULT_STACK, Fleet
 from cli.terminal import Code, Failure, note
 from shared.config import Missing
@@ -33,7 +33,7 @@ class Commands(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002  typer calls it so
         formatter.write("Usage: fleet COMMAND [ARGS]...\n")
-        formatter.write(f"{self.help}\n")
+        formatter.write(f"{self.help}\n\n")
         width = max(len(name) for name in self.commands) + 2
         group = ""
         for name, command in self.commands.items():
@@ -41,7 +41,7 @@ class Commands(TyperGroup):
                 continue
             if (panel := str(command.rich_help_panel)) != group:  # type: ignore[attr-defined]
                 group = panel
-                formatter.write(f"\n{group}:\n")
+                formatter.write(f"{group}:\n")
             formatter.write(f"  {name:{width}}{command.get_short_help_str(78 - width)}\n")
         formatter.write(f"\n{_HELP_END}")
 
@@ -83,7 +83,19 @@ def _add_group(group: str, name: str, help: str, commands: dict[str, tuple[Any, 
 
 
 _add("Look", show.ls, "fleet ls --all")
-_add_group("Operate", "key", "Rotate the environment key.", {"rotate": (key.rotate, "--file new-key.txt")})
+_add("Look", show.show, "fleet show sesn_01ABC")
+_add("Look", show.watch, "fleet watch")
+_add("Look", logs.logs, "fleet logs sesn_01ABC -f")
+_add("Look", stats.stats, "fleet stats")
+_add("Look", doctor.doctor, "fleet doctor")
+_add("One session", control.stop, "fleet stop sesn_01ABC --wait")
+_add("One session", control.retry, "fleet retry sesn_01ABC")
+_add("All sessions", control.pause, "fleet pause")
+_add("All sessions", control.resume, "fleet resume")
+_add("All sessions", control.drain, "fleet drain --wait")
+_add("All sessions", control.repair, "fleet repair")
+_add("All sessions", control.redrive, "fleet redrive")
+_add_group("By hand", "key", "Rotate the environment key.", {"rotate": (key.rotate, "--file new-key.txt")})
 _add_group(
     "By hand",
     "work",

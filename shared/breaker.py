@@ -34,6 +34,11 @@ def after_running(breaker: Breaker) -> Breaker | None:
     return Breaker(paused=breaker.paused, revision=breaker.revision)
 
 
+def switched(breaker: Breaker, *, paused: bool) -> Breaker | None:
+    """An operator's pause, which nothing but an operator ends. None if it is so already."""
+    return None if breaker.paused is paused else breaker.model_copy(update={"paused": paused})
+
+
 def slots(breaker: Breaker, entries: Iterable[LiveEntry], free: int) -> int:
     """How many of the free slots may be claimed for: none while paused; while open one, if there is none to probe."""
     if breaker.paused:

@@ -16,7 +16,7 @@ class LaunchQueue:
     def __init__(self, client: "SQSClient", url: str) -> None:
         self._client, self._url = client, url
 
-    def send(self, record: Record) -> None:
+    def send(self, record: Record, *, at_once: bool = False) -> None:
         body = {"work_id": record.work_id, "turn": record.turn, "attempt": record.attempt}
-        delay = lifecycle.relaunch_delay(record)
+        delay = 0 if at_once else lifecycle.relaunch_delay(record)
         self._client.send_message(QueueUrl=self._url, MessageBody=json.dumps(body), DelaySeconds=delay)

@@ -235,6 +235,7 @@ class BeatResult:
 STOP_REQUESTED = StopWish("a stop was requested", Outcome.STOPPED, post=True)
 ALREADY_STOPPED = StopWish("the item is stopped", Outcome.STOPPED, post=False, grace_ms=OWN_EXIT_GRACE_MS)
 LEASE_LOST = StopWish("the lease is lost", Outcome.LOST, post=False)
+OPERATOR_STOP = StopWish("stopped by an operator", Outcome.STOPPED, post=True)
 ITEM_GONE = StopWish("the work item is gone", Outcome.LOST, post=False)
 
 
@@ -432,6 +433,8 @@ def after_container_stopped(
         outcome = record.stop_outcome
         if finished and record.stop_reason == ALREADY_STOPPED.reason:
             outcome = Outcome.UNSERVED if exit_code == UNSERVED else Outcome.COMPLETED
+        elif not finished and outcome in ENDED_BY_ITSELF:
+            outcome = Outcome.UNSERVED  # it left before its item was stopped: nobody looked for a last message
         post = record.post_stop and not stops_before_death(record)
         return told.noted(now, f"container dead: {diagnosis.summary}", dead=True, stop_outcome=outcome, post_stop=post)
     interrupted = diagnosis.kind is Kind.INTERRUPTED
@@ -449,7 +452,7 @@ def after_container_stopped(
     unstopped = exit_code == NOT_STOPPED or record.phase is Phase.STOPPING
     why = "its item could not be stopped" if unstopped else record.restart_reason or diagnosis.summary
     no_room = diagnosis.kind is Kind.LAUNCH_CAPACITY  # bounded by the launch deadline
-    counted = record.attempt - record.interruptions - record.never_started - record.refused
+    counted = record.attempt - record.interruptions - record.never_started - record.refused - record.granted
     if not interrupted and not no_room and counted >= max_attempts:
         outcome = Outcome.TIMED_OUT if record.restart_reason else Outcome.FAILED
         wish = StopWish(f"attempt {record.attempt} failed: {why}", outcome, post=True)
@@ -495,6 +498,7 @@ def _next_attempt(record: Record, now: int, why: str, *, interrupted: bool, no_r
         stop_reason=None,
         stop_outcome=None,
         post_stop=False,
+        post_first=False,
         posting_until=None,
         stop_task_from=None,
         stop_task_sent_at=None,
@@ -531,6 +535,46 @@ def want_stop(record: Record, wish: StopWish, now: int) -> Record:
     )
 
 
+def posts_now(record: Record) -> bool:
+    """Whether the item is to be stopped before the sandbox is dead: a finished turn's, and one that was forced."""
+    return stops_before_death(record) or (record.post_stop and record.post_first and not record.dead)
+
+
+def operator_stop(record: Record, now: int, *, force: bool) -> Record | None:
+    """An operator's stop; None if it changes nothing. `force`: the item first, so that the session ends at once.
+
+    Not while the item is being claimed: a poller may just hold its ack, and the item would be stranded. It overrides
+    the end of a turn that may yet need another attempt (stops_before_death), and no other reason.
+    """
+    if not record.is_live or record.phase is Phase.RECEIVED:
+        return None
+    after = want_stop(record, OPERATOR_STOP, now)
+    if stops_before_death(record):
+        wish = OPERATOR_STOP
+        after = record.noted(now, f"stopping: {wish.reason}", stop_reason=wish.reason, stop_outcome=wish.outcome)
+    if force and after.post_stop and not after.post_first:
+        after = after.noted(now, "forced: the item is stopped first", post_first=True)
+    return None if after is record else after
+
+
+def operator_retry(record: Record, now: int) -> Record | None:
+    """An operator's wish for another try, uncounted; None where there is nothing to try again.
+
+    A sandbox that runs is stopped and succeeded, as one that hangs. A launch that waits gets its whole deadline anew.
+    """
+    if record.phase is Phase.RUNNING and record.task_arn and not record.restart_reason:
+        reason = "restarted by an operator"
+        return record.noted(now, reason, restart_reason=reason, granted=record.granted + 1)
+    if waits_for_launch(record):
+        return record.noted(now, "another try asked for by an operator", sandbox_wanted_since=now)
+    return None
+
+
+def waits_for_launch(record: Record) -> bool:
+    """A turn that wants a sandbox and has no task yet."""
+    return record.phase is Phase.HELD or (record.phase is Phase.LAUNCHING and record.task_arn is None)
+
+
 def give_up_launch(record: Record, wish: StopWish, now: int) -> Record:
     """A retry may follow a task that did start: its death is proved by the stopper, from now on."""
     return want_stop(record, wish, now).model_copy(update={"launch_until": now})
@@ -538,9 +582,8 @@ def give_up_launch(record: Record, wish: StopWish, now: int) -> Record:
 
 def launch_overdue(record: Record, config: Config, now: int) -> StopWish | None:
     """The launch deadline: a turn that no task serves, and that ECS has put off or nobody launched for too long."""
-    waits = record.phase is Phase.HELD or (record.phase is Phase.LAUNCHING and record.task_arn is None)
     since = record.sandbox_wanted_since or record.turn
-    if not waits or now < since + config.launch_timeout_seconds * 1000:
+    if not waits_for_launch(record) or now < since + config.launch_timeout_seconds * 1000:
         return None
     why = f": {record.put_off}" if record.put_off else ""
     reason = f"no sandbox could be started within {config.launch_timeout_seconds} s{why}"

@@ -99,6 +99,7 @@ class Record(BaseModel):
     waits_for: str | None = None  # what only somebody outside the sandbox can give it
     waiting_since: int | None = None
     restart_reason: str | None = None  # the sandbox hangs: to be stopped, so that the next attempt goes on
+    granted: int = 0  # attempts that an operator asked for, uncounted
     refused: int = 0  # attempts that never ran, uncounted: the cause is not theirs (breaker.keeps)
     refused_since: int | None = None  # the first of them since a sandbox last ran
     ticket_hashes: tuple[str, ...] = ()
@@ -109,6 +110,7 @@ class Record(BaseModel):
     stop_reason: str | None = None
     stop_outcome: Outcome | None = None
     post_stop: bool = False  # the item must still be force-stopped by us
+    post_first: bool = False  # an operator forced it: while the sandbox still lives
     posting_until: int | None = None  # a stop of ours may be on its way until then: nobody posts another
     stop_task_from: int | None = None  # not before this time: a sandbox that ended its own turn may exit by itself
     stop_task_sent_at: int | None = None

@@ -86,7 +86,7 @@ class Stopper:
             log.error("launch failed for good", **log_fields(record), reason=wish.reason)
         if record.phase is not Phase.STOPPING:
             return False
-        if lifecycle.stops_before_death(record):
+        if lifecycle.posts_now(record):
             record = self._post(record) or self.store.get(record.work_id) or record
         if not record.dead:
             after = self._kill(record)

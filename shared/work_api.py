@@ -406,6 +406,11 @@ class WorkApi:
             Session, self._send("GET", url, what, credential=token, timeout_seconds=timeout_seconds), what
         )
 
+    def interrupt(self, session_id: str) -> None:
+        """Queue the work of a stuck session again (W§3); one attempt, with an organisation key."""
+        what, url = f"interrupt of {session_id}", f"{self._sessions}/{_segment(session_id)}/events"
+        self._send("POST", url, what, json={"events": [{"type": "user.interrupt"}]})
+
     def _send(
         self,
         method: str,

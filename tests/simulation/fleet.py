@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from botocore.exceptions import BotoCoreError
+
 import shared.claiming
 import shared.keeping
 import shared.metrics
@@ -25,10 +27,11 @@ from shared.launching import Launcher
 from shared.log import log
 from shared.loop import LeaseLoop
 from shared.observing import Observer
+from shared.operating import Operator
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import Sandboxes
 from shared.stopping import Stopper
-from shared.store import MemoryStore
+from shared.store import Conflict, MemoryStore
 from shared.stored_key import StoredKey
 from shared.sweeping import Janitor
 from shared.ticketing import Tickets
@@ -169,6 +172,38 @@ class Fleet:
         self.queue.stop(session.work_id, force=force)
         session.foreign = True
         self.machine.note("user", f"{'forced' if force else 'graceful'} stop of {session.work_id}")
+
+    def operate(self, order: str, session: Session | None = None) -> None:
+        """One of `fleet`'s commands for a session: any, if none is named."""
+        known = [session] if session else list(self.sessions.values())
+        if not known:
+            return
+        session = self.machine.rng.choice(known)
+        if order != "retry":
+            session.foreign = True
+
+        def command() -> None:
+            if order == "retry":
+                self.operator.retry(work_id)
+            else:
+                self.operator.stop(work_id, force=order == "force")
+
+        work_id = session.work_id
+        self.machine.note("operator", f"{order} {work_id}")
+        self.machine.spawn("operator", command)
+
+    def pause(self, *, paused: bool) -> None:
+        """By hand, repeated until it is so."""
+
+        def command() -> None:
+            while self.records.breaker().paused is not paused:
+                try:
+                    self.operator.pause(paused=paused)
+                except (Conflict, BotoCoreError):
+                    self.machine.sleep(1_000)
+
+        self.machine.note("operator", "pause" if paused else "resume")
+        self.machine.spawn("operator", command)
 
     def foreign_worker(self) -> None:
         """Another worker of the same environment: polls once, serves what it got, keeps its lease."""
@@ -606,6 +641,7 @@ class Fleet:
         keeper = Keeper(config, api, key, store, now)
         claimer = Claimer(config, api, key, store, queue, loop, now, sleep)
         observer = Observer(config, store, queue, wake, now)
+        self.operator = Operator(store, queue, wake, now)
         parts: dict[str, Any] = {
             "claimer": claimer,
             "janitor": Janitor(config, api, store, sandboxes, claimer, observer, wake, now),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tests.simulation.fleet import START, Fleet
 
@@ -81,3 +82,10 @@ def _plan(fleet: Fleet) -> None:
         at(lambda: setattr(fleet.fargate, "reclaiming_spot_until", machine.now + rng.randint(30_000, 600_000)))
     if rng.random() < 0.1:
         at(lambda: fleet.fargate.subnets_full_until.update({"subnet-1": machine.now + rng.randint(30_000, 3_600_000)}))
+    if rng.random() < 0.3:
+        for _ in range(rng.randint(1, 3)):
+            order = rng.choice(["stop", "force", "retry", "retry"])
+            at(partial(fleet.operate, order))
+    if rng.random() < 0.1:
+        at(lambda: fleet.pause(paused=True))
+        machine.later(FAULTS_MS, lambda: fleet.pause(paused=False))

@@ -513,3 +513,57 @@ def _second_poller(play: Play) -> None:
     play.machine.sleep(6_000)
     play.poll()
     play.machine.sleep(6_000)
+
+
+# --- an operator's commands (shared/operating.py) ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["stop", "force"])
+def test_an_operator_s_stop_ends_a_busy_session_once_and_with_its_own_lease(play: Play, order: str) -> None:
+    """Forced, the item goes first; either way a stop follows an echo (DESIGN §7), which `settle` checks."""
+    session = play.running()
+    dead_at_stop: list[bool] = []
+    play.at("api.stop", "stopper", do=lambda: dead_at_stop.append(not play.task(session).runs))
+    play.fleet.operate(order, session)
+    play.settle()
+    assert play.outcomes(session) == [STOPPED]
+    assert dead_at_stop == [order == "stop"]
+    assert play.calls("stop") == 1
+
+
+def test_an_operator_who_dies_after_the_wish_is_obeyed_all_the_same(play: Play) -> None:
+    session = play.running()
+    play.at("store.save", "operator", fault="die after")
+    play.fleet.operate("stop", session)
+    play.settle()
+    assert play.outcomes(session) == [STOPPED]
+
+
+def test_a_stop_while_the_launcher_is_inside_runtask_waits_for_the_task_and_ends_it(play: Play) -> None:
+    session = play.fleet.new_session()
+    play.at("ecs.run_task", "launcher", do=lambda: play.fleet.operate("force", session))
+    play.poll()
+    play.settle()
+    assert play.outcomes(session) == [STOPPED]
+
+
+def test_a_session_retried_by_an_operator_goes_on_in_another_sandbox_beyond_the_most_attempts(start: Start) -> None:
+    play = start(max_attempts=1)
+    session = play.running()
+    play.fleet.operate("retry", session)
+    play.until(lambda: play.attempt(session) == 2 and play.phase(session) is Phase.RUNNING)
+    play.settle(finish=[session])
+    assert play.outcomes(session) == [COMPLETED]
+
+
+def test_while_paused_nothing_new_is_claimed_and_what_runs_goes_on(play: Play) -> None:
+    session = play.running(messages=2)
+    play.fleet.pause(paused=True)
+    play.run(1)
+    waiting = play.fleet.new_session()
+    play.poll()
+    play.until(lambda: play.phase(session) is Phase.STOPPED)
+    assert play.phase(waiting) is None
+    play.fleet.pause(paused=False)
+    play.settle()
+    assert play.outcomes(waiting) == [COMPLETED]
