@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from local.aws import gate
 from local.aws.containers import Images, ImagesFileError
 from local.aws.processes import RUN_MARK
 from local.aws.watchdog import Watchdog
@@ -72,7 +73,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m local.aws",
         description="An AWS on this machine: ministack, bound to 127.0.0.1, state in memory, IAM enforced. "
-        "Prints 'local aws ready on http://127.0.0.1:PORT' when ready; all it started is gone when it ends.",
+        "Prints 'local aws ready on http://127.0.0.1:PORT' when ready; all it started is gone when it ends. "
+        f"With {gate.ROOT_KEY} and {gate.ROOT_SECRET} set, it takes no other root credential than that.",
     )
     parser.add_argument("--port", type=int, default=4566, help="port to listen on; 0 picks a free one")
     parser.add_argument(
@@ -121,6 +123,9 @@ def _state_directory(given: Path | None, run_id: str) -> tuple[Path, Watchdog]:
 def _prepare_environment(options: argparse.Namespace, port: int, state: Path, run_id: str) -> None:
     """Give this process, and so each Lambda worker, an environment without secrets of the user's."""
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    if gate.ROOT_KEY in os.environ:
+        names = {gate.ROOT_KEY: "AWS_ACCESS_KEY_ID", gate.ROOT_SECRET: "AWS_SECRET_ACCESS_KEY"}
+        kept |= {meant: os.environ[given] for given, meant in names.items()}
     temporary = state / "tmp"
     temporary.mkdir(exist_ok=True)
     os.environ.clear()
@@ -152,13 +157,15 @@ async def _serve(listener: socket.socket, endpoint: str, watchdog: Watchdog, sto
     from hypercorn.config import Config  # noqa: PLC0415
     from ministack.app import app  # noqa: PLC0415
 
+    served = gate.guarded(app) if "AWS_ACCESS_KEY_ID" in os.environ else app
+
     async def announcing(scope: Message, receive: Receive, send: Send) -> None:
         async def sent(message: Message) -> None:
             await send(message)
             if message["type"] == "lifespan.startup.complete":
                 print(f"local aws ready on {endpoint}", flush=True)
 
-        await app(scope, receive, sent if scope["type"] == "lifespan" else send)
+        await served(scope, receive, sent if scope["type"] == "lifespan" else send)
 
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
