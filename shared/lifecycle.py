@@ -516,6 +516,23 @@ def stops_before_death(record: Record) -> bool:
     return record.post_stop and not record.dead and record.stop_outcome in ENDED_BY_ITSELF
 
 
+def start_is_overdue(record: Record, now: int) -> bool:
+    """Whether the attempt should run by now, and does not."""
+    return record.phase is Phase.LAUNCHING and now >= (record.launch_until or now)
+
+
+def wants_a_look(record: Record, now: int) -> bool:
+    """Whether what ECS says of the attempt's task decides what to do next; an item to be stopped first comes first."""
+    match record.phase:
+        case Phase.LAUNCHING:
+            return start_is_overdue(record, now)
+        case Phase.RUNNING:
+            return record.restart_reason is not None
+        case Phase.STOPPING:
+            return not record.dead and not stops_before_death(record) and now >= (record.stop_task_from or 0)
+    return False
+
+
 def want_stop(record: Record, wish: StopWish, now: int) -> Record:
     """`stopping`. A first reason stays; a lease that is lost or an item already stopped withdraws the post."""
     if record.phase is Phase.STOPPING:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from types_boto3_ecs import ECSClient
 
 CONTAINER = "sandbox"
-_DESCRIBED_AT_ONCE = 100
+DESCRIBED_AT_ONCE = 100  # the most that DescribeTasks takes (FIELD_NOTES 18)
 
 
 class LaunchFailed(Exception):
@@ -87,11 +87,11 @@ class Sandboxes:
                 raise
 
     def describe(self, arns: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """The tasks that ECS still knows, by arn; asked for in batches of 100 (FIELD_NOTES 18)."""
+        """The tasks that ECS still knows, by arn; asked for in batches."""
         wanted, found = list(arns), dict[str, dict[str, Any]]()
-        for start in range(0, len(wanted), _DESCRIBED_AT_ONCE):
+        for start in range(0, len(wanted), DESCRIBED_AT_ONCE):
             reply = self._client.describe_tasks(
-                cluster=self._config.cluster_arn, tasks=wanted[start : start + _DESCRIBED_AT_ONCE]
+                cluster=self._config.cluster_arn, tasks=wanted[start : start + DESCRIBED_AT_ONCE]
             )
             found |= {task["taskArn"]: dict(task) for task in reply["tasks"]}
         return found

@@ -1,9 +1,12 @@
 """Makes wanted stops true: the sandbox dead first, then the item, then the record (DESIGN §7). Each step may repeat."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from botocore.exceptions import BotoCoreError, ClientError
 
 from shared import breaker, lifecycle
 from shared.config import Config
@@ -14,7 +17,7 @@ from shared.log import log, log_fields
 from shared.metrics import Metric, emit
 from shared.observing import log_death
 from shared.record import Outcome, Phase, Record
-from shared.sandboxes import Sandboxes, exit_code_of
+from shared.sandboxes import DESCRIBED_AT_ONCE, Sandboxes, exit_code_of
 from shared.store import Conflict, Store
 from shared.work_api import Gone, WorkApi, WorkApiError
 
@@ -30,6 +33,10 @@ _COUNTED = {
 # Their session waits for somebody
 _FOR_A_PERSON = (Outcome.LAUNCH_FAILED, Outcome.FAILED, Outcome.TIMED_OUT, Outcome.UNSERVED)
 _NEWEST = 1 << 31  # a description is the newest word: no event is newer
+
+_Result = TypeVar("_Result")
+_Tasks = dict[str, dict[str, Any] | None]
+"""What ECS says in this round, by arn; None: it knows no such task. An arn is absent if ECS could not be asked."""
 
 
 @dataclass
@@ -48,34 +55,67 @@ class Stopper:
         return self.settle([e.work_id for e in self.store.live(shard) if e.phase in phases])
 
     def settle(self, work_ids: list[str]) -> int:
-        """As `round`, for these items."""
-        until = self.now() + ROUND_BUDGET_MS
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return sum(pool.map(lambda work_id: self.now() < until and self._safely(work_id), work_ids))
+        """As `round`, for these items. ECS is asked of a hundred tasks at once: 500 drains must not be throttled.
 
-    def _safely(self, work_id: str) -> bool:
+        Two pools, so that an API that does not answer keeps no sandbox from being stopped, nor ECS an item.
+        """
+        until = self.now() + ROUND_BUDGET_MS
+
+        def settle(record: Record, tasks: _Tasks) -> bool:
+            return self.now() < until and bool(self._safely(record.work_id, lambda: self._settle(record, tasks)))
+
+        def read(work_id: str) -> Record | None:
+            return self._safely(work_id, lambda: self._read(work_id)) if self.now() < until else None
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool, ThreadPoolExecutor(_AT_ONCE) as looking:
+            records = [record for record in pool.map(read, work_ids) if record]
+            now = self.now()
+            to_look_at = {r.task_arn: r for r in records if r.task_arn and lifecycle.wants_a_look(r, now)}
+            settled = [pool.submit(settle, r, {}) for r in records if r.task_arn not in to_look_at]
+            arns, tasks = list(to_look_at), _Tasks()
+            batches = [arns[start : start + DESCRIBED_AT_ONCE] for start in range(0, len(arns), DESCRIBED_AT_ONCE)]
+            for described in looking.map(self._describe, batches):
+                tasks |= described
+            settled += [looking.submit(settle, record, tasks) for record in to_look_at.values()]
+            return sum(one.result() for one in settled)
+
+    def _safely(self, work_id: str, step: Callable[[], _Result]) -> _Result | None:
         """One item's fault holds up no other; the next round repeats it."""
         try:
-            record = self.store.get(work_id)
-            return record is not None and self._settle(record)
+            return step()
         except Conflict as conflict:
             log.info("left to the next round", work_id=work_id, reason=str(conflict))
         except WorkApiError as error:
             log.warning("stopping failed; the next round repeats it", work_id=work_id, error=error.message)
         except Exception:  # noqa: BLE001  one fault holds up no other; unknown errors retry (FIELD_NOTES 5)
             log.exception("stopping failed in a way not known here; the next round repeats it", work_id=work_id)
-        return False
+        return None
 
-    def _settle(self, record: Record) -> bool:
-        now = self.now()
-        if wish := lifecycle.overdue(record, self.config, now):
+    def _read(self, work_id: str) -> Record | None:
+        record, now = self.store.get(work_id), self.now()
+        if record and (wish := lifecycle.overdue(record, self.config, now)):
             record = self.store.save(lifecycle.want_stop(record, wish, now))
             log.warning("stop wanted", **log_fields(record), reason=wish.reason)
-        stalled = record.phase is Phase.LAUNCHING and now >= (record.launch_until or now)
-        if stalled and self._stop_stalled_launch(record):
+        return record
+
+    def _describe(self, arns: Sequence[str]) -> _Tasks:
+        """What ECS says of these; nothing if it fails. One arn that it refuses must not spoil the others' answer."""
+        try:
+            found = self.sandboxes.describe(arns)
+        except (BotoCoreError, ClientError) as error:
+            if len(arns) > 1 and _is_malformed(error):
+                middle = len(arns) // 2
+                return self._describe(arns[:middle]) | self._describe(arns[middle:])
+            log.warning("tasks not described; the next round asks again", count=len(arns), error=str(error))
+            return {}
+        return {arn: found.get(arn) for arn in arns}
+
+    def _settle(self, record: Record, tasks: _Tasks) -> bool:
+        now = self.now()
+        if lifecycle.start_is_overdue(record, now) and self._stop_stalled_launch(record, tasks):
             return False
         if record.phase is Phase.RUNNING and record.restart_reason and record.task_arn:
-            self._look_or_stop(record, record.task_arn, record.restart_reason)
+            self._look_or_stop(record, record.task_arn, record.restart_reason, tasks)
             return False
         if wish := lifecycle.launch_overdue(record, self.config, now):
             if breaker.keeps(self.store, self.config, record, now, refused=False):
@@ -89,17 +129,17 @@ class Stopper:
         if lifecycle.posts_now(record):
             record = self._post(record) or self.store.get(record.work_id) or record
         if not record.dead:
-            after = self._kill(record)
+            after = self._kill(record, tasks)
             if after is None or not after.dead:
                 return False
             record = after
         return self._finish(record)
 
-    def _stop_stalled_launch(self, record: Record) -> bool:
+    def _stop_stalled_launch(self, record: Record, tasks: _Tasks) -> bool:
         """PENDING for too long (FIELD_NOTES 14): stopped, and relaunched once it is dead. False: nothing done."""
         arn = record.task_arn or self._found(record)
         if arn is not None:
-            self._look_or_stop(record, arn, "not running before the start deadline")
+            self._look_or_stop(record, arn, "not running before the start deadline", tasks)
             return True
         now = self.now()
         dead = lifecycle.may_be_taken_as_dead(record, now)
@@ -109,21 +149,25 @@ class Stopper:
         log.warning("relaunching", **log_fields(held_back), reason="no task was started")
         return True
 
-    def _kill(self, record: Record) -> Record | None:
+    def _kill(self, record: Record, tasks: _Tasks) -> Record | None:
         """StopTask, then proof of death: STOPPED, or nothing found two rounds past `launch_until`."""
         if self.now() < (record.stop_task_from or 0):
             return None
         arn = record.task_arn or self._found(record)
         if arn is not None:
-            return self._look_or_stop(record, arn, record.stop_reason or "stopped")
+            return self._look_or_stop(record, arn, record.stop_reason or "stopped", tasks)
         if not lifecycle.may_be_taken_as_dead(record, self.now()):
             return None
         dead = self.store.save(record.noted(self.now(), "no task found: dead", dead=True))
         log.info("container dead", **log_fields(dead), reason="no task is found under its name")
         return dead
 
-    def _look_or_stop(self, record: Record, arn: str, why: str) -> Record | None:
-        task = self.sandboxes.describe([arn]).get(arn)
+    def _look_or_stop(self, record: Record, arn: str, why: str, tasks: _Tasks) -> Record | None:
+        if arn != record.task_arn:
+            tasks = self._describe([arn])  # just found: its arn was never stored, which is rare
+        if arn not in tasks:
+            return None
+        task = tasks[arn]
         if task is None:
             if not lifecycle.may_be_taken_as_dead(record, self.now()) or self._found(record):
                 return None  # a fresh task may read MISSING
@@ -212,3 +256,9 @@ class Stopper:
 
     def _nothing_to_post(self, record: Record) -> Record:
         return self.store.save(record.model_copy(update={"post_stop": False}))
+
+
+def _is_malformed(error: Exception) -> bool:
+    """Whether ECS refuses the request itself; it tells a throttle by the same code (FIELD_NOTES 13)."""
+    told = error.response["Error"] if isinstance(error, ClientError) else {}
+    return told.get("Code") == "InvalidParameterException" and "rate exceeded" not in told.get("Message", "").lower()

@@ -93,6 +93,8 @@ class Fargate:
 
     def describe_tasks(self, *, cluster: str, tasks: list[str]) -> dict[str, Any]:
         def described() -> dict[str, Any]:
+            if len(tasks) > 100:
+                raise client_error("InvalidParameterException", "Tasks can have at most 100 items.")
             known = [self.tasks[arn] for arn in tasks if arn in self.tasks and not self._unseen(self.tasks[arn])]
             return {"tasks": [task.described() for task in known], "failures": []}
 

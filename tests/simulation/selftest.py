@@ -193,8 +193,8 @@ def _no_start_deadline(stack: ExitStack) -> None:
 def _stop_task_taken_for_death(stack: ExitStack) -> None:
     real = Stopper._look_or_stop
 
-    def hasty(self: Stopper, record: Record, arn: str, why: str) -> Record | None:
-        after = real(self, record, arn, why)
+    def hasty(self: Stopper, record: Record, arn: str, why: str, tasks: dict[str, Any]) -> Record | None:
+        after = real(self, record, arn, why, tasks)
         if after is not None and after.stop_task_sent_at and not after.dead:
             return self.store.save(after.model_copy(update={"dead": True}))
         return after

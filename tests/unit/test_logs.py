@@ -21,7 +21,8 @@ from tests.unit import cloudformation
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = ("debug", "info", "warning", "error", "exception", "critical")
 ITEM = {"work_id", "session_id", "turn", "attempt", "phase", "task"}
-OF_NO_ITEM = {  # about the stack, a round or a request
+OF_NO_ITEM = {
+    "tasks not described; the next round asks again",  # about the stack, a round or a request
     "a part of the sweep failed in a way not known here; the next round repeats it",
     "a part of the sweep failed; the next round repeats it",
     "a part of the sweep is not allowed",
