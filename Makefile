@@ -87,7 +87,7 @@ bench: setup  ## measure beside the official SDK, and what it costs (under ten m
 contract: setup  ## our parts against the official SDK, the emulator and the local AWS
 	$(BIN)/python -m pytest tests/contract -q
 
-e2e: setup  ## the demo, checked from outside
+e2e: setup  ## the demo, checked from outside; a deploy over running sessions
 	$(BIN)/python -m pytest tests/e2e -q
 
 # --- to AWS --------------------------------------------------------------------------------------------------

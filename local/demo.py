@@ -120,8 +120,9 @@ def many(count: int) -> list[Case]:
 class Demo:
     """One run over a deployed stack."""
 
-    def __init__(self, stack: Stack, cases: list[Case]) -> None:
-        self.stack, self.cases = stack, cases
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.cases: list[Case] = []
         self.http = httpx.Client(base_url=f"{stack.api_url}/_control/", timeout=10)
         self.dynamodb = stack.client("dynamodb")
         self.leases: dict[str, Record] = {}
@@ -130,8 +131,9 @@ class Demo:
         """The emulator's control endpoint: what users and other workers do."""
         return self.http.request(method, path, json=body).raise_for_status().json()
 
-    def queue(self) -> None:
-        for case in self.cases:
+    def queue(self, cases: list[Case]) -> None:
+        self.cases += cases
+        for case in cases:
             case.acted = case.act is None
             if case.script:
                 case.work_id = self.control("POST", "sessions", {"script": case.script})["sessions"][0]["work_id"]
@@ -307,8 +309,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     crowd = options.sessions > 0
     parameters = PARAMETERS | {"MaxSessions": str(SLOTS)} if crowd else PARAMETERS
     with running(options.time_scale, say, parameters) as stack:
-        demo = Demo(stack, many(options.sessions) if crowd else cases())
-        demo.queue()
+        demo = Demo(stack)
+        demo.queue(many(options.sessions) if crowd else cases())
         say(f"{len(demo.cases)} sessions queued")
         seen: dict[str, str] = {}
         with Live(console=console, auto_refresh=False, transient=True) as live:

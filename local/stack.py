@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from local.aws.recorded import RECORDED_ONLY
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT_ID = "env_demo"
 STACK = "sandbox-fleet"
+IMAGES = {"sandbox": ROOT / "sandbox"}  # what SandboxImage may name, each with the folder of its runner
 _READY_SECONDS = 60.0
 _DEPLOY_SECONDS = 300.0
 _END_SECONDS = 90.0  # the local AWS ends its children before itself; cut short, they still write as we clean up
-_BUILT = ROOT / ".aws-sam/local"  # apart from what `sam build` makes for AWS: that is for another Python
+_BUILT = ".aws-sam/local"  # apart from what `sam build` makes for AWS: that is for another Python
 _SOURCES = ("template.yaml", "functions", "sandbox", "shared", "statemachine")
 
 
@@ -38,17 +39,33 @@ class StackFailed(Exception):
 
 @dataclass
 class Stack:
-    """A deployed stack: where its parts answer, and what they printed."""
+    """The local stack: where its parts answer, what is deployed, and what they printed."""
 
+    folder: Path
     api_url: str
     aws_url: str
-    outputs: dict[str, str]
     keys: tuple[str, ...] = field(repr=False)  # the environment key, the organisation key, the webhook's signing key
-    printed: list[str] = field(default_factory=list, repr=False)
+    printed: list[str] = field(repr=False)
+    outputs: dict[str, str] = field(default_factory=dict)
 
     def client(self, service: str) -> Any:
         """A boto3 client of the local AWS."""
         return boto3.client(service, endpoint_url=self.aws_url, **_credentials())  # type: ignore[call-overload]
+
+    def deploy(self, say: Callable[[str], None], parameters: dict[str, str], source: Path = ROOT) -> None:
+        """A version of the project, over the one that is deployed; secrets are filled when they are new."""
+        if build(self.folder, say, source):
+            say("template built by sam build")
+        given = {"EnvironmentId": ENVIRONMENT_ID, "BaseUrl": self.api_url, "SandboxImage": "sandbox:local"}
+        before = self.outputs
+        self.outputs = deploy(self.folder, self.aws_url, given | parameters, say, source)
+        key, _, webhook_key = self.keys
+        for name, value in (("EnvironmentKeySecretArn", key), ("WebhookSecretArn", webhook_key)):
+            if name in self.outputs.keys() - before.keys():
+                self.client("secretsmanager").put_secret_value(SecretId=self.outputs[name], SecretString=value)
+        if url := self.outputs.get("WebhookUrl"):
+            webhook = {"url": url, "key": webhook_key}
+            httpx.post(f"{self.api_url}/_control/webhook", json=webhook, timeout=10).raise_for_status()
 
 
 def _credentials() -> dict[str, str]:
@@ -57,9 +74,18 @@ def _credentials() -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(time_scale: float, say: Callable[[str], None], parameters: dict[str, str]) -> Iterator[Stack]:
-    """The emulator and the local AWS with the template deployed; all processes are gone at the end."""
+    """The local stack with the template deployed."""
+    with started(time_scale, say) as stack:
+        stack.deploy(say, parameters)
+        yield stack
+
+
+@contextlib.contextmanager
+def started(time_scale: float, say: Callable[[str], None], images: Mapping[str, Path] = IMAGES) -> Iterator[Stack]:
+    """The emulator and the local AWS, nothing deployed yet; all processes are gone at the end."""
     key, printed = f"sk-ant-oat01-{secrets.token_urlsafe(24)}", list[str]()
     organisation_key = f"sk-ant-api03-{secrets.token_urlsafe(24)}"
+    webhook_key = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-fleet-")))
         api_url = stack.enter_context(
@@ -72,42 +98,34 @@ def running(time_scale: float, say: Callable[[str], None], parameters: dict[str,
             )
         )
         say(f"Work API emulator on {api_url}")
-        aws_url = stack.enter_context(local_aws(folder, printed, time_scale))
+        aws_url = stack.enter_context(local_aws(folder, printed, time_scale, images))
         say(f"local AWS on {aws_url}")
-        if build(folder, say):
-            say("template built by sam build")
-        given = {"EnvironmentId": ENVIRONMENT_ID, "BaseUrl": api_url, "SandboxImage": "sandbox:local", **parameters}
-        outputs = deploy(folder, aws_url, given, say)
-        webhook_key = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
-        deployed = Stack(api_url, aws_url, outputs, (key, organisation_key, webhook_key), printed)
-        for name, value in (("EnvironmentKeySecretArn", key), ("WebhookSecretArn", webhook_key)):
-            deployed.client("secretsmanager").put_secret_value(SecretId=outputs[name], SecretString=value)
-        webhook = {"url": outputs["WebhookUrl"], "key": webhook_key}
-        httpx.post(f"{api_url}/_control/webhook", json=webhook, timeout=10).raise_for_status()
-        yield deployed
+        yield Stack(folder, api_url, aws_url, (key, organisation_key, webhook_key), printed)
 
 
 @contextlib.contextmanager
-def local_aws(folder: Path, printed: list[str], time_scale: float) -> Iterator[str]:
+def local_aws(
+    folder: Path, printed: list[str], time_scale: float, images: Mapping[str, Path] = IMAGES
+) -> Iterator[str]:
     """A local AWS with its files in `folder`; yields its address."""
-    images = folder / "images.json"
-    images.write_text(json.dumps({"sandbox": _sandbox_process()}))
+    listed = folder / "images.json"
+    listed.write_text(json.dumps({name: _sandbox_process(runner) for name, runner in images.items()}))
     argv = [
         str(ROOT / ".venv-aws/bin/python"),
         *("-m", "local.aws", "--port", "0", "--time-scale", str(time_scale), "--stop-at-stdin-eof"),
-        *("--images", str(images), "--state-dir", str(folder / "aws"), "--log-level", "ERROR"),
+        *("--images", str(listed), "--state-dir", str(folder / "aws"), "--log-level", "ERROR"),
     ]
     with _child(argv, "local aws ready on ", printed) as url:
         yield url
 
 
-def _sandbox_process() -> dict[str, Any]:
+def _sandbox_process(runner: Path) -> dict[str, Any]:
     """What a sandbox is here: the same runner in a process, with the task's scratch folder as its workspace."""
     start = (
         "import os, runpy; os.environ['FLEET_WORKDIR'] = os.getcwd(); runpy.run_module('runner', run_name='__main__')"
     )
     python = str(ROOT / ".venv-sandbox/bin/python")
-    return {"argv": [python, "-P", "-c", start], "env": {"PYTHONPATH": str(ROOT / "sandbox")}}
+    return {"argv": [python, "-P", "-c", start], "env": {"PYTHONPATH": str(runner)}}
 
 
 @contextlib.contextmanager
@@ -151,24 +169,23 @@ def _child(argv: list[str], ready: str, printed: list[str], **environment: str) 
             process.wait()
 
 
-def build(folder: Path, say: Callable[[str], None]) -> bool:
-    """`sam build`, unless the sources are those of the last build."""
+def build(folder: Path, say: Callable[[str], None], source: Path = ROOT) -> bool:
+    """`sam build` of the project in `source`, unless its parts are those of the last build."""
     digest = hashlib.sha256()
-    for source in _SOURCES:
-        path = ROOT / source
+    for name in _SOURCES:
+        path = source / name
         for part in sorted([path] if path.is_file() else path.rglob("*")):
             if part.is_file() and "__pycache__" not in part.parts:
-                digest.update(part.relative_to(ROOT).as_posix().encode() + part.read_bytes())
-    mark = _BUILT / "sources"
+                digest.update(part.relative_to(source).as_posix().encode() + part.read_bytes())
+    built = source / _BUILT
+    mark = built / "sources"
     if mark.exists() and mark.read_text() == digest.hexdigest():
         return False
     say("building the template")
     version = _sam_python()
     _sam(
         folder,
-        "build",
-        "--build-dir",
-        str(_BUILT),
+        *("build", "--template-file", str(source / "template.yaml"), "--build-dir", str(built)),
         LAYER_PYTHON=version,
         LAYER_MACHINE=platform.machine().replace("arm64", "aarch64"),
     )
@@ -182,11 +199,13 @@ def _sam_python() -> str:
     return subprocess.check_output([ROOT / ".venv-aws/bin/python", "-c", code], text=True).strip()
 
 
-def deploy(folder: Path, aws_url: str, parameters: dict[str, str], say: Callable[[str], None]) -> dict[str, str]:
+def deploy(
+    folder: Path, aws_url: str, parameters: dict[str, str], say: Callable[[str], None], source: Path = ROOT
+) -> dict[str, str]:
     """`sam deploy` of what was built; the stack's outputs. Raises StackFailed, with CloudFormation's reason."""
     _sam(
         folder,
-        *("deploy", "--template-file", str(_BUILT / "template.yaml"), "--stack-name", STACK, "--resolve-s3"),
+        *("deploy", "--template-file", str(source / _BUILT / "template.yaml"), "--stack-name", STACK, "--resolve-s3"),
         *("--capabilities", "CAPABILITY_IAM", "--no-confirm-changeset", "--no-progressbar", "--parameter-overrides"),
         *(f"{parameter}={value}" for parameter, value in {"Architecture": architecture(), **parameters}.items()),
         AWS_ENDPOINT_URL=aws_url,
