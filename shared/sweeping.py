@@ -5,7 +5,7 @@ marks are one item of the table: a round that dies loses at most what it saw its
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from shared import lifecycle, progress
@@ -69,9 +69,11 @@ class Janitor:
     observer: Observer
     wake_stopper: Callable[[str], None]
     now: Callable[[], int]
+    _missing: set[str] = field(default_factory=set, init=False)
 
     def sweep(self, until: int) -> None:
         """One round; `until` (epoch ms) is when it must have ended. Harmless beside any other actor and itself."""
+        self._missing.clear()
         marks = Marks(self.store.marks())
         entries = self.store.live(SHARD)
         self._part("counts", lambda: self._count_sessions(entries), until)
@@ -96,7 +98,9 @@ class Janitor:
                 raise OutOfTime  # noqa: TRY301  handled as when it runs out inside
             part()
         except Missing as missing:
-            log.error("not configured: a part of the sweep is left out", part=name, reason=str(missing))
+            if str(missing) not in self._missing:  # the parts that need a key all lack the same one
+                log.error("not configured: parts of the sweep are left out", reason=str(missing))
+                self._missing.add(str(missing))
             return False
         except NotAllowed as error:
             self.claimer.key.forget()

@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from shared import lifecycle
 from shared.config import Config, Missing
 from shared.launching import LaunchMessage, PutOff
+from shared.metrics import Metric
 from shared.observing import Observer
 from shared.record import Phase, Record
 from shared.store import MemoryStore
@@ -102,6 +103,18 @@ def test_a_refused_poll_is_one_line_and_no_crash(
     poller = app("poller")
     monkeypatch.setattr(poller, "claimer", lambda: _Failing(error))
     assert poller.handler(sample("poller_schedule"), CONTEXT) == {"held": 0}
+
+
+def test_a_poller_without_a_key_logs_one_line_and_rings_no_alarm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poller, said = app("poller"), list[str]()
+    monkeypatch.setattr(poller, "claimer", lambda: _Failing(Missing("put the environment key into its secret")))
+    for level in ("warning", "error"):
+        monkeypatch.setattr(poller.log, level, lambda message, **_: said.append(message))
+    assert poller.handler(sample("poller_schedule"), CONTEXT) == {"held": 0}
+    assert said == ["not configured: nothing is polled"]
+    assert Metric.KEY_REFUSED.value[0] not in capsys.readouterr().out
 
 
 class _Launcher:

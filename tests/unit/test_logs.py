@@ -38,7 +38,7 @@ OF_NO_ITEM = {
     "malformed task state ignored",
     "most work items answer 404: check base URL and environment id",
     "no slot is free; work waits in the server's queue",
-    "not configured: a part of the sweep is left out",
+    "not configured: parts of the sweep are left out",
     "not configured: nothing is polled",
     "not configured: webhooks get a 503",
     "paused by hand: nothing new is claimed",

@@ -10,7 +10,8 @@ from pydantic import SecretStr
 
 from shared import lifecycle, sweeping
 from shared.claiming import Claimer
-from shared.config import Config
+from shared.config import Config, Missing
+from shared.log import log
 from shared.metrics import Metric
 from shared.observing import Observer
 from shared.record import Phase, Record
@@ -522,6 +523,19 @@ def test_no_stop_rests_on_a_page_that_is_old_and_few_are_posted_a_round(room: Ro
     room.api.stop = slow  # type: ignore[method-assign]
     room.sweep(after=ROUND)
     assert len(room.api.posted) == 2
+
+
+def test_a_stack_without_a_key_logs_one_line_a_sweep_and_rings_no_alarm(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    for level in ("warning", "error", "exception"):
+        monkeypatch.setattr(log, level, lambda message, **_: said.append(message))
+    room.api.fault = Missing("put the environment key into its secret")
+    for _ in range(2):
+        room.sweep(after=ROUND)
+    assert said == ["not configured: parts of the sweep are left out"] * 2
+    assert room.emitted.keys().isdisjoint({Metric.SWEEPS_FAILED, Metric.KEY_REFUSED})
 
 
 def test_a_key_that_may_not_list_is_no_fault_of_the_sweep(room: Room) -> None:
