@@ -106,9 +106,9 @@ class Launcher:
             problem = str(error)
         else:
             if ignored := unknown_keys(metadata):
-                log.warning("the session's metadata asks for what nobody knows", **message.model_dump(), keys=ignored)
+                log.warning("the session's metadata asks for what nobody knows", **log_fields(record), keys=ignored)
             return wishes_in(metadata)
-        log.warning("the session's metadata is not known: it gets the defaults", **message.model_dump(), error=problem)
+        log.warning("the session's metadata is not known: it gets the defaults", **log_fields(record), error=problem)
         return None
 
     def _failed(self, record: Record, message: LaunchMessage, why: str) -> None:
