@@ -10,12 +10,23 @@ from tests.simulation.fleet import CONFIG, START, Fleet
 from tests.simulation.scenario import run
 
 SEEDS = 240
+REGRESSION_SEEDS = (  # each still fails when its bug is put back; the rule itself is held by the test named
+    # Commit 0b9cc5d: the repair took a 409 for our own ack and force-stopped another worker's healthcheck
+    # (test_an_item_that_is_no_session_is_left_to_the_worker_that_claimed_it_while_ours_was_down)
+    1583,
+    # docs/decisions/0006: a stop posted after the sandbox's death ended a message that had slipped in, unreported
+    # (test_a_message_before_the_control_planes_stop_is_seen_by_the_sandbox)
+    41,
+    # Commit 2c4685a, seed 6924 then: a claim refused without a state, after an unanswered ack, was given up
+    # (test_a_claim_refused_without_a_state_after_an_unanswered_ack_is_not_given_up)
+    155,
+)
 
 
 def test_nothing_is_lost_and_nothing_doubled_whatever_fails() -> None:
     """FIELD_NOTES 1: a crash at every step loses nothing; DESIGN §10 holds at every step."""
     with ProcessPoolExecutor() as pool:
-        outcomes = list(pool.map(run, range(SEEDS), chunksize=8))
+        outcomes = list(pool.map(run, sorted({*range(SEEDS), *REGRESSION_SEEDS}), chunksize=8))
     assert {outcome.seed: outcome.violations for outcome in outcomes if outcome.violations} == {}
     assert sum(outcome.faults for outcome in outcomes) > SEEDS, "the faults were injected"
 
