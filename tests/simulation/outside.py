@@ -476,6 +476,10 @@ class Loops:
 
         return self.outside.call("sfn.describe", described)
 
+    def start_twin(self, shard: str) -> None:
+        """A second loop beside whatever runs, as two starters that raced each other may leave it."""
+        self._start("twin", {"shard": shard, "generation": 1_000_000, "round": 0, "empty_rounds": 0})
+
     def _start(self, name: str, state: dict[str, Any]) -> None:
         if self.executions.get(name) == "RUNNING":
             return  # same name and input: idempotent

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from shared.config import SHARD
 from tests.simulation.fleet import START, Fleet
 
 FAULTS_MS = 900_000
@@ -49,6 +50,8 @@ def _plan(fleet: Fleet) -> None:
     if rng.random() < 0.3:
         fleet.slips = 0.3
         machine.later(FAULTS_MS, lambda: setattr(fleet, "slips", 0.0))
+    if fleet.seed % 10 == 9:
+        machine.later(FAULTS_MS // 3, lambda: fleet.loops.start_twin(SHARD))
     fleet.schedule("poller", 60_000)
     fleet.schedule("janitor", 300_000)
     for _ in range(rng.choice([1, 1, 2, 3, 5])):
