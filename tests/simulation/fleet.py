@@ -88,6 +88,7 @@ CONFIG = Config(
 
 
 SECRET_START = base64.urlsafe_b64encode(b'{"sessions_token').decode()[:16]
+A_MOMENT_MS = 180_000  # a beat, two runs of the poller to restart a dead loop, and the stopper's rounds
 HUNG_FOR_MS = 2_000_000  # a stall's time-out and three rounds, two of which go wrong: long before the wall clock
 
 
@@ -385,6 +386,7 @@ class Fleet:
         if self.machine.now < self.transport.away_until:
             return False
         self.machine.note("sandbox", f"posts the stop of {work_id} ({item.state})")
+        self._check_own_stop(item)
         if self.faults.happens(self.machine, 0.05, "sandbox's stop refused"):
             return False
         self.queue.stop(work_id, force=True)
@@ -512,6 +514,16 @@ class Fleet:
         holder = self.queue.holder(item)
         if item.state != "stopped" and holder != who:
             self.violations.append(f"a stop was posted for {work_id}, {item.state}, held by {holder or 'nobody'}")
+
+    def _check_own_stop(self, item: Item) -> None:
+        """A sandbox knows no lease. Should it have lost it a moment ago, its stop may end another's turn; not later."""
+        lost_for_ms = (self.queue._now() - item.started_at).total_seconds() * 1000  # at least so long
+        holder = self.queue.holder(item)
+        if item.state != "stopped" and holder != "fleet" and lost_for_ms > A_MOMENT_MS:
+            self.violations.append(
+                f"a sandbox stopped {item.id}, {item.state}, held by {holder or 'nobody'}, {lost_for_ms:.0f} ms after "
+                f"it was queued again"
+            )
 
     def _lapsed(self, item: Item, holder: str | None) -> None:
         self.machine.note("api", f"the lease of {item.id} lapsed (held by {holder})")
