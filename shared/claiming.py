@@ -29,7 +29,7 @@ from shared.work_api import (
 )
 
 LONGEST_BLOCK_MS = 999
-AT_ONCE = 8
+AT_ONCE = 8  # about 20 polls a second at 30 ms a call, all that 1,200 reads a minute allow (W§11.1)
 _CLAIM_TRIES = 3
 _RESEND_AFTER_MS = 120_000
 _TAKES_MS = 30_000  # what is begun later could outlive the run
