@@ -214,7 +214,7 @@ def test_an_ended_turn_of_the_previous_version_becomes_history(upgraded: Upgrade
 
 def test_the_janitor_finds_nothing_wrong_in_what_the_previous_version_left(upgraded: Upgraded) -> None:
     for _ in range(2):
-        upgraded.work(40)
+        upgraded.work(140)  # the second look comes two minutes after the first
         upgraded.janitor.sweep(upgraded.time + 240_000)
     records = [upgraded.record(CASES[case]["work_id"]) for case in WORKING]
     assert [(record.is_live, record.history) for record in records] == [(True, ())] * len(records)
