@@ -8,7 +8,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from cli import control, doctor, key, logs, show, stats, work
+from cli import control, doctor, key, local, logs, show, stats, work
 from cli.stack import DEFAULT_STACK, Fleet
 from cli.terminal import Code, Failure, note
 from shared.config import Missing
@@ -95,6 +95,17 @@ _add("All sessions", control.resume, "fleet resume")
 _add("All sessions", control.drain, "fleet drain --wait")
 _add("All sessions", control.repair, "fleet repair")
 _add("All sessions", control.redrive, "fleet redrive")
+_add_group(
+    "By hand",
+    "local",
+    "Run the stack on this machine, for development.",
+    {
+        "up": (local.up, ""),
+        "down": (local.down, ""),
+        "status": (local.status, ""),
+        "queue": (local.queue, "--bash 'uname -a' --count 3"),
+    },
+)
 _add_group("By hand", "key", "Rotate the environment key.", {"rotate": (key.rotate, "--file new-key.txt")})
 _add_group(
     "By hand",

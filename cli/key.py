@@ -32,7 +32,7 @@ def rotate(
     Sessions go on meanwhile. Make the new key at the vendor's before, and revoke the old one after.
     """
     fleet: Fleet = ctx.obj
-    key = _read(file)
+    key = read_key(file)
     if key.get_secret_value() == _present(fleet):
         raise Failure("This is the key that the stack uses already; nothing was changed.", Code.NOT_DONE)
     _check(fleet, key)
@@ -54,7 +54,7 @@ def rotate(
         say("The old key may be revoked now." if wait else f"The old key may be revoked from {clock(done_at * 1000)}.")
 
 
-def _read(file: Path | None) -> SecretStr:
+def read_key(file: Path | None) -> SecretStr:
     """Raises Failure if there is none, or if it cannot be one; never quotes it."""
     try:
         if file is not None:

@@ -18,6 +18,7 @@ from botocore.config import Config as BotoConfig
 from botocore.exceptions import ClientError
 
 from cli.terminal import Code, Failure
+from local import kept
 from shared import wiring
 from shared.config import SHARD, Config, Missing, from_env
 from shared.log import log
@@ -47,8 +48,12 @@ class Fleet:
         """For every client that is built after this, ours and shared's."""
         if self.endpoint_url:
             os.environ["AWS_ENDPOINT_URL"] = self.endpoint_url
-        if self.is_local and not self.profile:  # a local AWS takes any credentials, and needs to see no real ones
-            os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")  # noqa: S106
+        if self.is_local and not self.profile:  # a local AWS has its own credentials, and needs to see no real ones
+            found = kept.find()
+            own = (
+                (found.access_key, found.secret_key) if found and found.aws_url == self.endpoint_url else ("test",) * 2
+            )
+            os.environ.update(AWS_ACCESS_KEY_ID=own[0], AWS_SECRET_ACCESS_KEY=own[1])
             os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
         boto3.setup_default_session(profile_name=self.profile, region_name=self.region)
         log.handlers.clear()  # a function's log lines are not for an operator's terminal; what matters is said

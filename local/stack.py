@@ -20,6 +20,8 @@ from typing import Any
 import boto3
 import httpx
 
+from local import isolated
+from local.aws.gate import ROOT_KEY, ROOT_SECRET
 from local.aws.recorded import RECORDED_ONLY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +39,34 @@ class StackFailed(Exception):
     """The stack could not be started or deployed; the message says why and what to do."""
 
 
+@dataclass(frozen=True)
+class Root:
+    """The local AWS's root credential."""
+
+    key_id: str = "test"
+    secret: str = field(default="test", repr=False)
+
+    def variables(self) -> dict[str, str]:
+        """As the AWS SDKs take them."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.key_id,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+
+TEST = Root()
+
+
+@dataclass(frozen=True)
+class Real:
+    """An environment of the vendor's, served instead of the emulator's."""
+
+    environment_id: str
+    base_url: str
+    key: str = field(repr=False)
+
+
 @dataclass
 class Stack:
     """The local stack: where its parts answer, what is deployed, and what they printed."""
@@ -47,41 +77,65 @@ class Stack:
     keys: tuple[str, ...] = field(repr=False)  # the environment key, the organisation key, the webhook's signing key
     printed: list[str] = field(repr=False)
     outputs: dict[str, str] = field(default_factory=dict)
+    environment_id: str = ENVIRONMENT_ID
+    root: Root = TEST
+    emulated: bool = True
 
     def client(self, service: str) -> Any:
         """A boto3 client of the local AWS."""
-        return boto3.client(service, endpoint_url=self.aws_url, **_credentials())  # type: ignore[call-overload]
+        return boto3.client(service, endpoint_url=self.aws_url, **_credentials(self.root))  # type: ignore[call-overload]
 
     def deploy(self, say: Callable[[str], None], parameters: dict[str, str], source: Path = ROOT) -> None:
         """A version of the project, over the one that is deployed; secrets are filled when they are new."""
         if build(self.folder, say, source):
             say("template built by sam build")
-        given = {"EnvironmentId": ENVIRONMENT_ID, "BaseUrl": self.api_url, "SandboxImage": "sandbox:local"}
+        given = {"EnvironmentId": self.environment_id, "BaseUrl": self.api_url, "SandboxImage": "sandbox:local"}
         before = self.outputs
-        self.outputs = deploy(self.folder, self.aws_url, given | parameters, say, source)
+        self.outputs = deploy(self.folder, self.aws_url, given | parameters, say, source, self.root)
         key, _, webhook_key = self.keys
         for name, value in (("EnvironmentKeySecretArn", key), ("WebhookSecretArn", webhook_key)):
-            if name in self.outputs.keys() - before.keys():
+            if value and name in self.outputs.keys() - before.keys():
                 self.client("secretsmanager").put_secret_value(SecretId=self.outputs[name], SecretString=value)
-        if url := self.outputs.get("WebhookUrl"):
+        if self.emulated and (url := self.outputs.get("WebhookUrl")):
             webhook = {"url": url, "key": webhook_key}
             httpx.post(f"{self.api_url}/_control/webhook", json=webhook, timeout=10).raise_for_status()
 
 
-def _credentials() -> dict[str, str]:
-    return {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+def _credentials(root: Root) -> dict[str, str]:
+    return {"aws_access_key_id": root.key_id, "aws_secret_access_key": root.secret, "region_name": "us-east-1"}
 
 
 @contextlib.contextmanager
-def running(time_scale: float, say: Callable[[str], None], parameters: dict[str, str]) -> Iterator[Stack]:
-    """The local stack with the template deployed."""
-    with started(time_scale, say) as stack:
+def running(
+    time_scale: float, say: Callable[[str], None], parameters: dict[str, str], real: Real | None = None
+) -> Iterator[Stack]:
+    """The local stack with the template deployed; `real` is served instead of the emulator if given."""
+    with started(time_scale, say) if real is None else serving(real, time_scale, say) as stack:
         stack.deploy(say, parameters)
         yield stack
 
 
 @contextlib.contextmanager
-def started(time_scale: float, say: Callable[[str], None], images: Mapping[str, Path] = IMAGES) -> Iterator[Stack]:
+def serving(real: Real, time_scale: float, say: Callable[[str], None]) -> Iterator[Stack]:
+    """A local AWS for the vendor's environment: its root credential is this run's own, its sandboxes are shut in.
+
+    Raises StackFailed where they cannot be.
+    """
+    try:
+        images = {"sandbox": isolated.sandbox_image()}
+    except isolated.CannotIsolate as why:
+        raise StackFailed(f"{why}. An agent's own code is not run on this machine without it.") from None
+    root, printed = Root(f"AKIA{secrets.token_hex(8).upper()}", secrets.token_urlsafe(30)), list[str]()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-fleet-")))
+        aws_url = stack.enter_context(local_aws(folder, printed, time_scale, images, root))
+        say(f"local AWS on {aws_url}; sandboxes are shut in by bubblewrap")
+        keys = (real.key, "", "")
+        yield Stack(folder, real.base_url, aws_url, keys, printed, {}, real.environment_id, root, emulated=False)
+
+
+@contextlib.contextmanager
+def started(time_scale: float, say: Callable[[str], None], runners: Mapping[str, Path] = IMAGES) -> Iterator[Stack]:
     """The emulator and the local AWS, nothing deployed yet; all processes are gone at the end."""
     key, printed = f"sk-ant-oat01-{secrets.token_urlsafe(24)}", list[str]()
     organisation_key = f"sk-ant-api03-{secrets.token_urlsafe(24)}"
@@ -98,6 +152,7 @@ def started(time_scale: float, say: Callable[[str], None], images: Mapping[str, 
             )
         )
         say(f"Work API emulator on {api_url}")
+        images = {name: _sandbox_process(runner) for name, runner in runners.items()}
         aws_url = stack.enter_context(local_aws(folder, printed, time_scale, images))
         say(f"local AWS on {aws_url}")
         yield Stack(folder, api_url, aws_url, (key, organisation_key, webhook_key), printed)
@@ -105,17 +160,22 @@ def started(time_scale: float, say: Callable[[str], None], images: Mapping[str, 
 
 @contextlib.contextmanager
 def local_aws(
-    folder: Path, printed: list[str], time_scale: float, images: Mapping[str, Path] = IMAGES
+    folder: Path,
+    printed: list[str],
+    time_scale: float,
+    images: Mapping[str, dict[str, Any]] | None = None,
+    root: Root = TEST,
 ) -> Iterator[str]:
     """A local AWS with its files in `folder`; yields its address."""
     listed = folder / "images.json"
-    listed.write_text(json.dumps({name: _sandbox_process(runner) for name, runner in images.items()}))
+    listed.write_text(json.dumps(images or {}))
     argv = [
         str(ROOT / ".venv-aws/bin/python"),
         *("-m", "local.aws", "--port", "0", "--time-scale", str(time_scale), "--stop-at-stdin-eof"),
         *("--images", str(listed), "--state-dir", str(folder / "aws"), "--log-level", "ERROR"),
     ]
-    with _child(argv, "local aws ready on ", printed) as url:
+    own = {} if root == TEST else {ROOT_KEY: root.key_id, ROOT_SECRET: root.secret}
+    with _child(argv, "local aws ready on ", printed, **own) as url:
         yield url
 
 
@@ -200,7 +260,12 @@ def _sam_python() -> str:
 
 
 def deploy(
-    folder: Path, aws_url: str, parameters: dict[str, str], say: Callable[[str], None], source: Path = ROOT
+    folder: Path,
+    aws_url: str,
+    parameters: dict[str, str],
+    say: Callable[[str], None],
+    source: Path = ROOT,
+    root: Root = TEST,
 ) -> dict[str, str]:
     """`sam deploy` of what was built; the stack's outputs. Raises StackFailed, with CloudFormation's reason."""
     _sam(
@@ -209,9 +274,10 @@ def deploy(
         *("--capabilities", "CAPABILITY_IAM", "--no-confirm-changeset", "--no-progressbar", "--parameter-overrides"),
         *(f"{parameter}={value}" for parameter, value in {"Architecture": architecture(), **parameters}.items()),
         AWS_ENDPOINT_URL=aws_url,
+        **root.variables(),
     )
     say(f"stack {STACK} deployed by sam deploy")
-    client: Any = boto3.client("cloudformation", endpoint_url=aws_url, **_credentials())  # type: ignore[call-overload]
+    client: Any = boto3.client("cloudformation", endpoint_url=aws_url, **_credentials(root))  # type: ignore[call-overload]
     if recorded := recorded_only(client, STACK):
         say(f"recorded only, not tried here: {', '.join(recorded)}")
     described = client.describe_stacks(StackName=STACK)["Stacks"][0]
@@ -233,9 +299,7 @@ def recorded_only(cloudformation: Any, name: str) -> list[str]:
 def _sam(folder: Path, *arguments: str, **environment: str) -> None:
     """Runs the SAM CLI, which leaves temporary folders behind: in `folder`, which goes with the run."""
     fixed = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
+        **TEST.variables(),
         "SAM_CLI_TELEMETRY": "0",
         "TMPDIR": str(folder),
         "SAM_CLI_POLL_DELAY": "0.3",
