@@ -34,6 +34,7 @@ class LeaseGuard(httpx2.AsyncBaseTransport):
     `stopping` is asked at each beat; true is answered as the API answers a requested stop (W§4).
     `on_refused` is called with the status when the API refuses the session itself for good. The SDK's worker
     logs such a refusal and ends as if all were well: only the transport sees the difference.
+    `on_result` is called when the API has taken a tool's result.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class LeaseGuard(httpx2.AsyncBaseTransport):
         session_id: str,
         stopping: Callable[[], bool],
         on_refused: Callable[[int], None],
+        on_result: Callable[[], None] = lambda: None,
         inner: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self._session_id = session_id
         self._stopping = stopping
         self._on_refused = on_refused
+        self._on_result = on_result
         self._inner = inner or httpx2.AsyncHTTPTransport(socket_options=_KEEP_ALIVE)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -55,6 +58,8 @@ class LeaseGuard(httpx2.AsyncBaseTransport):
         response = await self._inner.handle_async_request(request)
         if self._refuses_session(request, response.status_code):
             self._on_refused(response.status_code)
+        elif response.is_success and await self._gives_result(request):
+            self._on_result()
         return response
 
     async def aclose(self) -> None:
@@ -87,6 +92,10 @@ class LeaseGuard(httpx2.AsyncBaseTransport):
             error = {"type": "permission_error", "message": message}
             return httpx2.Response(403, request=request, json={"type": "error", "error": error})
         return httpx2.Response(200, request=request, json=body)
+
+    async def _gives_result(self, request: httpx2.Request) -> bool:
+        posts_events = request.method == "POST" and _SESSION_CALL.search(request.url.path)
+        return bool(posts_events) and b'"user.tool_result"' in await request.aread()
 
     def _refuses_session(self, request: httpx2.Request, status: int) -> bool:
         call = _SESSION_CALL.search(request.url.path)

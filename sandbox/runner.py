@@ -17,6 +17,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -332,12 +333,30 @@ def usable_token(config: Config, grant: Grant) -> str:
     raise NoUsableCredential("the work secret holds no sessions token")
 
 
+class FirstResult:
+    """Says once how long the turn took to its first tool result that the API took; a metric filter reads the line."""
+
+    def __init__(self, turn: int) -> None:
+        self._turn_began = turn / 1000  # a turn's number is when it began, in epoch ms (DESIGN §1)
+        self._told = False
+
+    def seen(self) -> None:
+        if not self._told:
+            self._told = True
+            say(logging.INFO, "first tool result", first_result_seconds=round(time.time() - self._turn_began, 1))
+
+
 async def serve_turn(config: Config, grant: Grant, early: EarlyEnd) -> None:
     """Let the SDK's worker serve the session until its turn is over.
 
     Returning says that the worker ended by itself, which is a clean end unless `early` has a reason by then.
     """
-    guard = LeaseGuard(session_id=grant.session_id, stopping=lambda: early.requested, on_refused=early.on_refused)
+    guard = LeaseGuard(
+        session_id=grant.session_id,
+        stopping=lambda: early.requested,
+        on_refused=early.on_refused,
+        on_result=FirstResult(config.attempt.turn).seen,
+    )
     # The worker signs with the session's token, or the key; one given here keeps the SDK from looking for others.
     async with AsyncAnthropic(
         auth_token="unused",  # noqa: S106

@@ -271,7 +271,9 @@ class Claimer:
             self.store.save_lease(lease, stored)
         held = self.store.save(lifecycle.held(record, self.now()))
         self.queue.send(held)
-        log.info("held", **log_fields(held), pickup_seconds=lifecycle.pickup_seconds(held, self.now()))
+        waited = lifecycle.pickup_seconds(held, self.now())
+        emit(Metric.PICKUP_LATENCY, waited or 0)
+        log.info("held", **log_fields(held), pickup_seconds=waited)
         return True
 
     def _close(self, record: Record, outcome: Outcome) -> bool:

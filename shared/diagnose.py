@@ -259,6 +259,8 @@ def _of_exit(exit_code: int, *, on_spot: bool) -> tuple[Kind, str, str]:
     log = "Read the sandbox's log; exit codes are listed with the runner."
     if exit_code == 0:
         return Kind.CLEAN_EXIT, "ended by itself", "Nothing."
+    if exit_code == 11:  # the runner's UNSERVED
+        return Kind.CLEAN_EXIT, "ended by itself; a message was left unserved (exit code 11)", "Send the message again."
     if exit_code == 143 and on_spot:  # the event may not say that it was Spot (FIELD_NOTES 24)
         return (
             Kind.INTERRUPTED,

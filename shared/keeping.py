@@ -85,6 +85,7 @@ class Keeper:
         if None in answers:  # a round of few would tell too little: those that are due later are asked as well
             others = [pair for pair in kept if pair[1].due_at > now + _DUE_SLACK_MS]
             due, answers = due + others, answers + self._beat_all(others)
+        _count(due, answers)
         beaten = {entry.work_id for entry, _ in due}
         gone = sum(answer is None for answer in answers)
         doubted = gone > 3 and gone * 2 > len(due)
@@ -161,6 +162,16 @@ class Keeper:
 class _Kept:
     due: list[int]
     wishes: int
+
+
+def _count(due: list[tuple[LiveEntry, Lease]], answers: list[BeatResult | None]) -> None:
+    """Once a round, whatever it holds: beats, and the least of their margins."""
+    accepted = [(lease, a.lease) for (_, lease), a in zip(due, answers, strict=True) if a and a.accepted]
+    over = sum(1 for answer in answers if answer and answer.lease.over == "stopped")
+    emit(Metric.BEATS, len(accepted))
+    emit(Metric.BEATS_FAILED, len(answers) - len(accepted) - over)
+    if accepted:
+        emit(Metric.LEASE_MARGIN, min(lifecycle.margin_percent(before, after) for before, after in accepted))
 
 
 def _changed(before: Record, after: Record) -> Record | None:

@@ -12,6 +12,7 @@ from shared.config import Config
 from shared.diagnose import LaunchProblem, advice
 from shared.lifecycle import StopWish, WorkId
 from shared.log import log, log_fields
+from shared.metrics import Metric, emit
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import LaunchFailed, Sandboxes
 from shared.store import Conflict, Store, change
@@ -100,13 +101,14 @@ class Launcher:
             metadata = self.api.session(record.session_id, token=record.sessions_token()).metadata
         except TryAgain as error:
             if lifecycle.awaits_wishes(record, self.now()):
-                raise PutOff(f"{message.work_id}: {error.message}") from None
+                raise self._put_off(record, error.message) from None
             problem = error.message
         except Exception as error:  # noqa: BLE001  what a session may ask for fails no launch
             problem = str(error)
         else:
             if ignored := unknown_keys(metadata):
-                log.warning("the session's metadata asks for what nobody knows", **log_fields(record), keys=ignored)
+                unknown = f"unknown keys: {', '.join(ignored)}"
+                log.warning("the session's metadata asks for what nobody knows", **log_fields(record), reason=unknown)
             return wishes_in(metadata)
         log.warning("the session's metadata is not known: it gets the defaults", **log_fields(record), error=problem)
         return None
@@ -115,6 +117,7 @@ class Launcher:
         """Held back for the breaker's probe, or given up. A poller sends the next message."""
         now = self.now()
         breaker.failed(self.store, why, now)
+        emit(Metric.STARTS_REFUSED)
         if not breaker.keeps(self.store, self.config, record, now, refused=True):
             self._give_up(message, why)
             return
@@ -126,10 +129,12 @@ class Launcher:
         except Conflict:
             raise self._put_off(record, why) from None
         log.error("launch failed; held back until the cause is mended", **log_fields(held_back), reason=why)
+        emit(Metric.RELAUNCHES)
 
     @staticmethod
     def _put_off(record: Record, why: str) -> PutOff:
         log.warning("launch put off", **log_fields(record), reason=why)
+        emit(Metric.LAUNCHES_PUT_OFF)
         return PutOff(f"{record.work_id}: {why}")
 
     def _paced(self) -> int:

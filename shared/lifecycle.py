@@ -157,6 +157,12 @@ def interval_ms(ttl_seconds: int, longest_ms: int = LONGEST_INTERVAL_MS) -> int:
     return max(1_000, min(longest_ms, ttl_seconds * 1000 // 3))
 
 
+def margin_percent(before: Lease, after: Lease) -> float:
+    """How much of a lease's time was left, by our clock and count, when the beat that extended it was sent."""
+    left = before.deadline(LEASE_MARGIN_MS) - after.accepted_sent_at
+    return max(0.0, left / (before.ttl_seconds * 10))
+
+
 class Verdict(StrEnum):
     """Whose lease a 412 speaks of."""
 

@@ -26,6 +26,7 @@ KEYS = {
     "what_to_do": "advice on that end",
     "pickup_seconds": "from queued at the vendor's to held",
     "launch_seconds": "from wanting a sandbox to its running",
+    "first_result_seconds": "from the turn's start, a little before held, to the first tool result that the API took",
     "state": "the API's, of an item",
     "status": "of an HTTP answer, or told to CloudFormation",
     "unserved": "whether a message was left",

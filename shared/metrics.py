@@ -19,10 +19,19 @@ _Reply = TypeVar("_Reply")
 
 
 class Metric(Enum):
-    """Every metric: name, unit, meaning. The janitor emits the first group once a round; others count events."""
+    """Every metric: name, unit, meaning. The first group is what the janitor's round finds, the others count events.
 
-    QUEUE_DEPTH = "QueueDepth", MetricUnit.Count, "items that wait in the vendor's queue"
-    OLDEST_QUEUED_AGE = "OldestQueuedAge", MetricUnit.Seconds, "how long the oldest of them has waited"
+    docs/metrics.md lists them with what watches them.
+    """
+
+    QUEUE_DEPTH = "QueueDepth", MetricUnit.Count, "items in the vendor's queue that no poll has been handed"
+    QUEUE_PENDING = "QueuePending", MetricUnit.Count, "items handed to a poll and not acked yet"
+    OLDEST_QUEUED_AGE = "OldestQueuedAge", MetricUnit.Seconds, "how long the oldest of both has waited"
+    WORKERS_POLLING = (
+        "WorkersPolling",
+        MetricUnit.Count,
+        "workers that polled in 30 s, ours among them, while items wait",
+    )
     LIVE_SESSIONS = "LiveSessions", MetricUnit.Count, "turns that we serve"
     WAITING_SESSIONS = "WaitingSessions", MetricUnit.Count, "those whose sandbox does not run yet"
     OLDEST_WAITING_AGE = "OldestWaitingAge", MetricUnit.Seconds, "age of the oldest turn that waits for a first sandbox"
@@ -35,13 +44,40 @@ class Metric(Enum):
     STRANDED = "Stranded", MetricUnit.Count, "unfinished items without a beat for long and without a live record"
     ORPHAN_TASKS = "OrphanTasks", MetricUnit.Count, "sandboxes that no live record names"
     SWEEPS_FAILED = "SweepsFailed", MetricUnit.Count, "parts of a janitor's round that failed or ran out of time"
-    LEASES_LOST = "LeasesLost", MetricUnit.Count, "turns that ended because their lease or item was gone"
-    LAUNCHES_FAILED = "LaunchesFailed", MetricUnit.Count, "turns that ended because no sandbox could be started"
-    UNSERVED = "Unserved", MetricUnit.Count, "turns that ended with a message that nobody served"
+
+    PICKUP_LATENCY = (
+        "PickupLatency",
+        MetricUnit.Seconds,
+        "from queued at the vendor's to held: our clock less the API's",
+    )
+    LAUNCH_LATENCY = "LaunchLatency", MetricUnit.Seconds, "from wanting a sandbox to its running, refusals included"
+    LAUNCHES_PUT_OFF = "LaunchesPutOff", MetricUnit.Count, "tries that started nothing and are made again"
+    RELAUNCHES = "Relaunches", MetricUnit.Count, "attempts after a turn's first"
+    CRASHES = "Crashes", MetricUnit.Count, "sandboxes that failed"
+    INTERRUPTIONS = "Interruptions", MetricUnit.Count, "sandboxes that Spot or a host took away"
+    STARTS_WITHOUT_ROOM = "StartsWithoutRoom", MetricUnit.Count, "tasks that ECS took and had no room for"
+    STARTS_REFUSED = "StartsRefused", MetricUnit.Count, "launches that no retry cures"
+    UNKNOWN_ENDS = "UnknownEnds", MetricUnit.Count, "sandboxes that ended for a reason not known here"
     SHORT_SANDBOXES = "ShortSandboxes", MetricUnit.Count, "sandboxes that ended well within 10 s: did they do anything?"
+    SANDBOX_SECONDS = (
+        "SandboxSeconds",
+        MetricUnit.Seconds,
+        "what Fargate charges an ended sandbox for, from its pull on",
+    )
     BREAKER_OPEN = "BreakerOpen", MetricUnit.Count, "poller runs while the circuit breaker was open"
+
+    BEATS = "Beats", MetricUnit.Count, "beats that extended their lease"
+    BEATS_FAILED = "BeatsFailed", MetricUnit.Count, "beats that did not, unless the item was stopped"
+    LEASE_MARGIN = "LeaseMargin", MetricUnit.Percent, "least share of a lease's time that was left at an accepted beat"
     KEY_REFUSED = "KeyRefused", MetricUnit.Count, "calls that the API answered 401 or 403"
     MOST_ITEMS_GONE = "MostItemsGone", MetricUnit.Count, "rounds in which most beats were answered 404"
+
+    TURNS_COMPLETED = "TurnsCompleted", MetricUnit.Count, "turns that ended by themselves"
+    LEASES_LOST = "LeasesLost", MetricUnit.Count, "turns that ended because their lease or item was gone"
+    LAUNCHES_FAILED = "LaunchesFailed", MetricUnit.Count, "turns that ended because no sandbox could be started"
+    TURNS_FAILED = "TurnsFailed", MetricUnit.Count, "turns whose sandbox failed as often as MaxAttempts allows"
+    TURNS_TIMED_OUT = "TurnsTimedOut", MetricUnit.Count, "turns that reached their wall clock, or hung once too often"
+    UNSERVED = "Unserved", MetricUnit.Count, "turns that ended with a message that nobody served"
 
     def __init__(self, label: str, unit: MetricUnit, meaning: str) -> None:
         self.label, self.unit, self.meaning = label, unit, meaning

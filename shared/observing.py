@@ -1,6 +1,6 @@
 """What ECS says of a sandbox's task goes into its record (DESIGN §4); events may repeat, come late or out of order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,9 +13,16 @@ from shared.launch_queue import LaunchQueue
 from shared.log import log, log_fields
 from shared.metrics import Metric, emit
 from shared.record import Phase, Record
-from shared.sandboxes import exit_code_of
+from shared.sandboxes import charged_seconds, exit_code_of
 from shared.store import Store, change
 
+_COUNTED = {  # the others were wanted
+    Kind.CRASH: Metric.CRASHES,
+    Kind.INTERRUPTED: Metric.INTERRUPTIONS,
+    Kind.LAUNCH_CAPACITY: Metric.STARTS_WITHOUT_ROOM,
+    Kind.LAUNCH_PERMANENT: Metric.STARTS_REFUSED,
+    Kind.UNKNOWN: Metric.UNKNOWN_ENDS,
+}
 _Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -85,9 +92,11 @@ class Observer:
         if changed is None or before is None:
             return
         if status == "RUNNING":
-            log.info("sandbox runs", **log_fields(changed), launch_seconds=lifecycle.launch_seconds(changed))
+            took = lifecycle.launch_seconds(changed)
+            emit(Metric.LAUNCH_LATENCY, took or 0)
+            log.info("sandbox runs", **log_fields(changed), launch_seconds=took)
         else:
-            log_death(before, changed, diagnosis)
+            report_death(before, changed, diagnosis, detail)
         if refused:
             breaker.failed(self.store, f"{diagnosis.summary}. {diagnosis.what_to_do}", self.now())
         if status == "STOPPED" and lifecycle.ended_too_soon(changed, self.now()):
@@ -98,8 +107,11 @@ class Observer:
             self.wake_stopper(work_id)
 
 
-def log_death(before: Record, after: Record, diagnosis: Diagnosis) -> None:
-    """Of the container of `before`'s attempt, and what follows; observer and stopper learn of it."""
+def report_death(before: Record, after: Record, diagnosis: Diagnosis, task: Mapping[str, Any]) -> None:
+    """Log and count the end of the attempt of `before`, and what follows; observer and stopper learn of it."""
+    emit(Metric.SANDBOX_SECONDS, charged_seconds(task) or 0)
+    if diagnosis.kind in _COUNTED:
+        emit(_COUNTED[diagnosis.kind])
     named = log_fields(before) | {"phase": after.phase}
     log.info(
         "container dead",
@@ -111,4 +123,5 @@ def log_death(before: Record, after: Record, diagnosis: Diagnosis) -> None:
         what_to_do=diagnosis.what_to_do,
     )
     if after.phase is Phase.HELD:
+        emit(Metric.RELAUNCHES)
         log.warning("relaunching", **log_fields(after), reason=diagnosis.summary)

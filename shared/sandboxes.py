@@ -1,7 +1,8 @@
 """Sandboxes as ECS tasks: run, stop, describe, find. Which of these is done when is not decided here."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
@@ -132,3 +133,23 @@ def exit_code_of(task: dict[str, Any]) -> int | None:
             code = container.get("exitCode")
             return int(code) if code is not None else None
     return None
+
+
+def charged_seconds(task: Mapping[str, Any]) -> float | None:
+    """What Fargate charges a stopped task for: from its image's pull to its end, a minute at least; None if not told.
+
+    https://aws.amazon.com/fargate/pricing/
+    """
+    began, ended = _time(task.get("pullStartedAt") or task.get("startedAt")), _time(task.get("stoppedAt"))
+    return None if began is None or ended is None else max(60.0, (ended - began).total_seconds())
+
+
+def _time(told: object) -> datetime | None:
+    """A description holds times, an event their text."""
+    if isinstance(told, datetime):
+        return told
+    try:
+        found = datetime.fromisoformat(str(told))
+    except ValueError:
+        return None
+    return found if found.tzinfo else None

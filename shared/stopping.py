@@ -15,7 +15,7 @@ from shared.keeping import Keeper
 from shared.launch_queue import LaunchQueue
 from shared.log import log, log_fields
 from shared.metrics import Metric, emit
-from shared.observing import log_death
+from shared.observing import report_death
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import DESCRIBED_AT_ONCE, Sandboxes, exit_code_of
 from shared.store import Conflict, Store
@@ -29,6 +29,9 @@ _COUNTED = {
     Outcome.LOST: Metric.LEASES_LOST,
     Outcome.LAUNCH_FAILED: Metric.LAUNCHES_FAILED,
     Outcome.UNSERVED: Metric.UNSERVED,
+    Outcome.FAILED: Metric.TURNS_FAILED,
+    Outcome.TIMED_OUT: Metric.TURNS_TIMED_OUT,
+    Outcome.COMPLETED: Metric.TURNS_COMPLETED,
 }
 # Their session waits for somebody
 _FOR_A_PERSON = (Outcome.LAUNCH_FAILED, Outcome.FAILED, Outcome.TIMED_OUT, Outcome.UNSERVED)
@@ -147,6 +150,7 @@ class Stopper:
             return False  # its message comes back, until the launch deadline
         held_back = self.store.save(lifecycle.held_back(record, now, "no task was started"))
         log.warning("relaunching", **log_fields(held_back), reason="no task was started")
+        emit(Metric.RELAUNCHES)
         return True
 
     def _kill(self, record: Record, tasks: _Tasks) -> Record | None:
@@ -196,7 +200,7 @@ class Stopper:
         )
         saved = self.store.save(after) if after else None
         if saved:
-            log_death(record, saved, diagnosis)
+            report_death(record, saved, diagnosis, task)
         if saved and refused:
             breaker.failed(self.store, f"{diagnosis.summary}. {diagnosis.what_to_do}", self.now())
         if saved and saved.phase is Phase.HELD:

@@ -334,5 +334,8 @@ class Janitor:
     def _publish_stats(self) -> None:
         stats = self.api.stats()
         queued = lifecycle.server_time(stats.oldest_queued_at)
-        emit(Metric.QUEUE_DEPTH, stats.depth + stats.pending)
+        emit(Metric.QUEUE_DEPTH, stats.depth)
+        emit(Metric.QUEUE_PENDING, stats.pending)
+        if stats.depth or stats.pending:  # our own poller alone would keep it from zero in an idle stack
+            emit(Metric.WORKERS_POLLING, stats.workers_polling or 0)
         emit(Metric.OLDEST_QUEUED_AGE, max(0.0, self.now() / 1000 - queued) if queued else 0)

@@ -141,6 +141,7 @@ class Sandbox:
     session_id: str = ""
     process: subprocess.Popen[str] | None = None
     output: str = ""
+    lines: list[dict[str, Any]] = field(default_factory=list)
 
     def control(self, path: str, body: dict[str, Any]) -> Any:
         return httpx.post(f"{self.emulator.url}/_control/{path}", json=body).raise_for_status().json()
@@ -205,8 +206,8 @@ class Sandbox:
         granted = [value for name, value in self.between.grant.items() if name not in ids]
         for secret in (TICKET, *granted, "another-credential"):
             assert secret not in self.output
-        lines = [json.loads(line) for line in self.output.splitlines()]
-        assert lines[-1]["exit_code"] == self.process.returncode, self.output
+        self.lines = [json.loads(line) for line in self.output.splitlines()]
+        assert self.lines[-1]["exit_code"] == self.process.returncode, self.output
         return ExitCode(self.process.returncode)
 
 
@@ -243,6 +244,10 @@ def test_a_turn_runs_on_the_sessions_token_and_makes_one_work_call(sandbox: Sand
     assert credential not in (f"Bearer {sandbox.emulator.environment_key}", "Bearer another-credential")
     assert credential.removeprefix("Bearer ") not in sandbox.output
     assert between.words == []
+    [first] = [line for line in sandbox.lines if line["message"] == "first tool result"]
+    assert first["first_result_seconds"] > 0, "what the template's metric filter reads"
+    named = {"work_id": grant["work_id"], "session_id": grant["session_id"], "attempt": 1, "service": "sandbox"}
+    assert named.items() <= first.items()
 
 
 def test_a_turn_runs_on_the_environment_key_where_it_was_handed_over(sandbox: Sandbox) -> None:

@@ -35,6 +35,7 @@ def stopped(
     ("exit_code", "container_reason", "kind", "words"),
     [
         (0, None, Kind.CLEAN_EXIT, "ended by itself"),
+        (11, None, Kind.CLEAN_EXIT, "unserved"),
         (1, None, Kind.CRASH, "exit code 1"),
         (64, None, Kind.CRASH, "exit code 64"),
         (255, None, Kind.CRASH, "exit code 255"),

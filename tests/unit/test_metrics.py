@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from shared.stopping import Stopper
 from shared.store import MemoryStore
 from shared.work_api import Gone, NotAllowed, Work
 from tests.unit.test_handlers import CONTEXT, app
+from tests.unit.test_logs import said
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = 1_800_000_000_000
@@ -83,6 +85,10 @@ def test_every_metric_is_emitted_by_code() -> None:
     assert set(emitted_in_code()) == {metric.name for metric in Metric}
 
 
+def alarms() -> dict[str, dict[str, Any]]:
+    return {n: r["Properties"] for n, r in template()["Resources"].items() if r["Type"] == "AWS::CloudWatch::Alarm"}
+
+
 def test_every_alarm_watches_a_metric_that_code_emits_under_that_very_name(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -95,16 +101,65 @@ def test_every_alarm_watches_a_metric_that_code_emits_under_that_very_name(
     (keys,) = directive["Dimensions"]
     loaded = template()
     namespace = loaded["Globals"]["Function"]["Environment"]["Variables"]["POWERTOOLS_METRICS_NAMESPACE"]
-    alarms = {n: r["Properties"] for n, r in loaded["Resources"].items() if r["Type"] == "AWS::CloudWatch::Alarm"}
-    ours = {name: alarm for name, alarm in alarms.items() if not str(alarm["Namespace"]).startswith("AWS/")}
-    assert len(ours) >= 10
+    ours = {name: alarm for name, alarm in alarms().items() if not str(alarm["Namespace"]).startswith("AWS/")}
+    assert len(ours) >= 15
     for name, alarm in ours.items():
         assert alarm["MetricName"] in names, name
         assert alarm["Namespace"] == namespace, name
         assert {d["Name"]: d["Value"] for d in alarm["Dimensions"]} == {key: blob[key] for key in keys}, name
-    for name, alarm in alarms.items():
-        assert alarm["TreatMissingData"] == "notBreaching", name
-        assert alarm["AlarmActions"], name
+
+
+def test_every_alarm_of_a_service_s_metric_names_one_that_it_has_and_a_resource_of_the_stack() -> None:
+    loaded = template()["Resources"]
+    services = {name: alarm for name, alarm in alarms().items() if str(alarm["Namespace"]).startswith("AWS/")}
+    assert len(services) >= 5
+    for name, alarm in services.items():
+        (dimension,) = alarm["Dimensions"]
+        (resource,) = (str(value).split(".")[0] for value in dimension["Value"].values())
+        of_service, metrics_of_it, key = SERVICES[alarm["Namespace"]]
+        assert loaded[resource]["Type"] == of_service, name
+        assert alarm["MetricName"] in metrics_of_it, name
+        assert dimension["Name"] == key, name
+
+
+# https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/aws-services-cloudwatch-metrics.html
+SERVICES = {
+    "AWS/Lambda": ("AWS::Serverless::Function", {"Errors", "Invocations", "Duration", "Throttles"}, "FunctionName"),
+    "AWS/SQS": (
+        "AWS::SQS::Queue",
+        {"ApproximateNumberOfMessagesVisible", "ApproximateAgeOfOldestMessage"},
+        "QueueName",
+    ),
+    "AWS/States": (
+        "AWS::Serverless::StateMachine",
+        {"ExecutionsFailed", "ExecutionsStarted"},
+        "StateMachineArn",
+    ),
+}
+
+
+def test_every_alarm_is_quiet_on_a_stack_without_work_and_tells_the_topic() -> None:
+    """A silent schedule is told by having no data, which a new alarm has as well, without a change to tell of."""
+    topic = [{"If": ["CreateTopic", {"Ref": "AlarmTopic"}, {"Ref": "AlarmTopicArn"}]}]
+    for name, alarm in alarms().items():
+        silent = name.endswith("SilentAlarm")
+        assert alarm["TreatMissingData"] == ("missing" if silent else "notBreaching"), name
+        assert alarm.get("InsufficientDataActions" if silent else "AlarmActions") == topic, name
+        assert ("AlarmActions" in alarm, "InsufficientDataActions" in alarm) == (not silent, silent), name
+        assert "OKActions" not in alarm, "a deploy would tell of every alarm"
+
+
+def test_the_metric_of_the_sandbox_s_log_reads_a_line_that_the_runner_writes() -> None:
+    """FIELD_NOTES 27."""
+    filters = {n: r["Properties"] for n, r in template()["Resources"].items() if r["Type"] == "AWS::Logs::MetricFilter"}
+    assert set(filters) == {"FirstToolResult"}
+    for one in filters.values():
+        (found,) = re.findall(r'^\{ \$\.message = "(.*)" \}$', one["FilterPattern"])
+        (metric,) = one["MetricTransformations"]
+        (line,) = (call for call in said() if call.message == found)
+        assert metric["MetricValue"].removeprefix("$.") in line.keys
+        assert metric["MetricNamespace"] == {"Ref": "AWS::StackName"}
+        assert "DefaultValue" not in metric, "a zero would cost an idle stack"
 
 
 def test_the_namespace_is_the_one_that_the_template_sets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +225,7 @@ def test_nothing_emitted_prints_nothing(capsys: pytest.CaptureFixture[str]) -> N
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Metric]:
     seen: list[Metric] = []
     for module in (keeping, observing, stopping):
-        monkeypatch.setattr(module, "emit", lambda metric, value=1: seen.append(metric))
+        monkeypatch.setattr(module, "emit", lambda metric, value=1: seen.append(metric) if value else None)
     return seen
 
 
@@ -195,11 +250,13 @@ def running(store: MemoryStore, work_id: str = "w") -> Record:
         (Outcome.LOST, Metric.LEASES_LOST),
         (Outcome.LAUNCH_FAILED, Metric.LAUNCHES_FAILED),
         (Outcome.UNSERVED, Metric.UNSERVED),
-        (Outcome.COMPLETED, None),
+        (Outcome.FAILED, Metric.TURNS_FAILED),
+        (Outcome.TIMED_OUT, Metric.TURNS_TIMED_OUT),
+        (Outcome.COMPLETED, Metric.TURNS_COMPLETED),
         (Outcome.STOPPED, None),
     ],
 )
-def test_a_turn_s_bad_end_is_counted_once_when_its_record_closes(
+def test_a_turn_s_end_is_counted_once_when_its_record_closes(
     outcome: Outcome, metric: Metric | None, counted: list[Metric]
 ) -> None:
     store, nothing = MemoryStore(), SimpleNamespace()
@@ -232,7 +289,7 @@ def test_a_sandbox_that_ends_cleanly_within_seconds_is_counted(
     record = running(store)
     for _ in range(2):  # an event may come twice
         observe(store, record, "STOPPED", exit_code, lived_ms)
-    assert counted == ([Metric.SHORT_SANDBOXES] if short else [])
+    assert counted.count(Metric.SHORT_SANDBOXES) == (1 if short else 0)
 
 
 def test_a_sandbox_killed_for_a_stop_within_seconds_is_no_short_one(counted: list[Metric]) -> None:
@@ -240,23 +297,23 @@ def test_a_sandbox_killed_for_a_stop_within_seconds_is_no_short_one(counted: lis
     record = running(store)
     store.save(want_stop(record, Wish("asked", Outcome.STOPPED, post=True), NOW))
     observe(store, record, "STOPPED", 137)
-    assert counted == []
+    assert Metric.SHORT_SANDBOXES not in counted
 
 
 def test_an_earlier_attempt_s_exit_is_not_counted_when_the_next_one_runs(counted: list[Metric]) -> None:
     store = MemoryStore()
     record = running(store)
     store.save(record.model_copy(update={"phase": Phase.LAUNCHING, "running_since": None, "exit_code": 0}))
-    observe(store, record, "RUNNING", None)
-    assert counted == []
+    observe(store, record, "RUNNING", None, lived_ms=1_000)
+    assert counted == [Metric.LAUNCH_LATENCY]
 
 
 @pytest.mark.parametrize(
     ("error", "items", "metrics_seen"),
     [
-        (NotAllowed("no", status=401), 1, [Metric.KEY_REFUSED]),
-        (Gone("no", status=404), 4, [Metric.MOST_ITEMS_GONE]),
-        (Gone("no", status=404), 1, []),
+        (NotAllowed("no", status=401), 1, [Metric.KEY_REFUSED, Metric.BEATS_FAILED]),
+        (Gone("no", status=404), 4, [Metric.BEATS_FAILED, Metric.MOST_ITEMS_GONE]),
+        (Gone("no", status=404), 1, [Metric.BEATS_FAILED]),
     ],
 )
 def test_a_refused_key_and_a_round_of_404_are_counted(

@@ -19,10 +19,12 @@ class Api:
         self.status = status
         self.reached: list[str] = []
         self.refusals: list[int] = []
+        self.results: list[str] = []
         self.guard = LeaseGuard(
             session_id=SESSION,
             stopping=lambda: stopping,
             on_refused=self.refusals.append,
+            on_result=lambda: self.results.append("taken"),
             inner=httpx2.MockTransport(self._answer),
         )
 
@@ -132,3 +134,23 @@ def test_only_a_final_refusal_of_the_session_itself_is_reported(
     api = Api(status)
     assert asyncio.run(api.request(method, path)) == status
     assert api.refusals == ([status] if reported else [])
+
+
+@pytest.mark.parametrize(
+    ("status", "path", "kind", "results"),
+    [
+        (200, f"/v1/sessions/{SESSION}/events", "user.tool_result", 1),
+        (400, f"/v1/sessions/{SESSION}/events", "user.tool_result", 0),
+        (200, f"/v1/sessions/{SESSION}/events", "user.interrupt", 0),
+        (200, "/v1/memory_stores/m_1", "user.tool_result", 0),
+    ],
+)
+def test_a_tool_result_that_the_api_took_is_told(status: int, path: str, kind: str, results: int) -> None:
+    api = Api(status)
+
+    async def post() -> None:
+        async with httpx2.AsyncClient(transport=api.guard) as http:
+            await http.post(f"http://api.test{path}", json={"events": [{"type": kind}]})
+
+    asyncio.run(post())
+    assert len(api.results) == results
