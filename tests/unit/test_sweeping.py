@@ -62,7 +62,7 @@ class Api:
     def stats(self) -> Stats:
         if self.fault:
             raise self.fault
-        return Stats(depth=3, pending=1, oldest_queued_at=at(START - 60_000))
+        return Stats(depth=3, pending=1, oldest_queued_at=at(START - 60_000), workers_polling=2)
 
     def heartbeat(self, work_id: str, expected: str) -> Heartbeat:
         self.posted.append(("claim", work_id))
@@ -558,13 +558,22 @@ def test_gauges(room: Room) -> None:
     room.record(Phase.HELD, "c", turn=START - ROUND, attempt=2)  # it had its first sandbox
     room.sweep(after=60_000)
     expected = {
-        Metric.QUEUE_DEPTH: 4,
+        Metric.QUEUE_DEPTH: 3,
+        Metric.QUEUE_PENDING: 1,
+        Metric.WORKERS_POLLING: 2,
         Metric.OLDEST_QUEUED_AGE: 120,
         Metric.LIVE_SESSIONS: 3,
         Metric.WAITING_SESSIONS: 2,
         Metric.OLDEST_WAITING_AGE: 60,
     }
     assert {metric: room.emitted[metric] for metric in expected} == pytest.approx(expected)
+
+
+def test_a_round_without_work_publishes_nothing(room: Room) -> None:
+    """Our own poller is always among the workers: counted while idle, it would cost an idle stack a metric."""
+    room.api.stats = lambda: Stats(depth=0, pending=0, oldest_queued_at=None, workers_polling=1)  # type: ignore[method-assign]
+    room.sweep()
+    assert not any(room.emitted.values())
 
 
 def test_a_part_that_fails_keeps_no_other_from_running(room: Room) -> None:
