@@ -38,7 +38,6 @@ KEYS = {
     "shard": "of the lease loop",
     "generation": "of the lease loop",
     "message_id": "of a launch message or webhook",
-    "keys": "of a session's metadata, that nobody knows",
 }
 _OF_ITEM = {
     "work_id": "work_id",
