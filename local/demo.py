@@ -24,7 +24,15 @@ from local.stack import Stack, StackFailed, running
 
 POLL_SECONDS = 1.0
 SLOTS = 8  # of --sessions: each sandbox is a process of its own
-PARAMETERS = {"LeaseTtlSeconds": "45", "MaxIdleSeconds": "1", "StopTimeoutSeconds": "20", "PollWindowSeconds": "0"}
+PARAMETERS = {
+    "LeaseTtlSeconds": "45",
+    "MaxIdleSeconds": "1",
+    "StopTimeoutSeconds": "20",
+    "PollWindowSeconds": "0",
+    "SizeClasses": "small:cpu=512:memory=1024:disk=30:image=2",
+    "SandboxImage2": "sandbox:second",
+}
+SMALL = {"cpu": "512", "memory": "1024", "ephemeralStorage": {"sizeInGiB": 30}}  # as DescribeTasks shows it
 
 Record = dict[str, Any]
 
@@ -51,6 +59,8 @@ class Case:
     acted: bool = False
     taken: bool = False  # another worker holds the lease
     attempts: int = 1
+    metadata: dict[str, str] = field(default_factory=dict)
+    small: bool = False  # whether it is to get the class that the stack lists
 
     def ended(self, record: Record | None) -> bool:
         done = len((record or {}).get("history", ())) + 1 == self.turns and self.acted
@@ -96,7 +106,9 @@ def cases() -> list[Case]:
     return [
         Case("tool call verified", "completed"),
         Case("second turn, same id", "completed", turns=2, act=second_turn),
-        *(Case(f"five at once ({n})", "completed") for n in range(1, 6)),
+        Case("chooses its size", "completed", metadata={"sandbox-fleet.size": "small"}, small=True),
+        Case("chooses a size that is not there", "completed", metadata={"sandbox-fleet.size": "huge"}),
+        *(Case(f"three at once ({n})", "completed") for n in range(1, 4)),
         Case("graceful stop mid-tool", "stopped", LONG, act=graceful_stop),
         Case("forced stop mid-tool", "stopped", LONG, act=forced_stop),
         Case(
@@ -136,7 +148,8 @@ class Demo:
         for case in cases:
             case.acted = case.act is None
             if case.script:
-                case.work_id = self.control("POST", "sessions", {"script": case.script})["sessions"][0]["work_id"]
+                session = {"script": case.script, "metadata": case.metadata}
+                case.work_id = self.control("POST", "sessions", session)["sessions"][0]["work_id"]
             else:
                 case.work_id = self.control("POST", "work", {"type": "healthcheck"})["work_id"]
 
@@ -246,7 +259,17 @@ class Demo:
         found += [f"a webhook was answered {told['status']}, must be 202" for told in untold]
         if not state["webhooks"]:
             found.append("no webhook was sent")
-        return found + self.dead_letters() + self.leaks()
+        return found + self.sizes() + self.dead_letters() + self.leaks()
+
+    def sizes(self) -> list[str]:
+        """Tasks of another machine or image than their session's metadata chose."""
+        found, tasks = [], self.tasks(self.stack.client("ecs"))
+        for case in self.cases:
+            for task in (task for task in tasks if task["startedBy"].startswith(f"{case.work_id}/")):
+                chosen = {name: task[name] for name in SMALL} == SMALL and "-sandbox-2:" in task["taskDefinitionArn"]
+                if chosen != case.small:
+                    found.append(f"{case.name}: its task has {task['cpu']} CPU units, {task['memory']} MiB")
+        return found
 
     def dead_letters(self) -> list[str]:
         names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]

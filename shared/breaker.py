@@ -6,7 +6,7 @@ It opens when launches fail in a row for a reason that no retry cures. What it k
 from collections.abc import Iterable
 
 from shared.config import Config
-from shared.lifecycle import started_by
+from shared.lifecycle import has_own_image, started_by
 from shared.log import log
 from shared.record import Breaker, LiveEntry, Phase, Record
 from shared.store import Store, change_breaker
@@ -98,8 +98,13 @@ def keeps(store: Store, config: Config, record: Record, now: int, *, refused: bo
     return rule(store.breaker(), record, now, config.breaker_max_hold_seconds)
 
 
-def failed(store: Store, reason: str, now: int) -> None:
-    """A launch failed for this reason, which no retry cures. Raises Conflict."""
+def failed(store: Store, record: Record, reason: str, now: int) -> None:
+    """A launch failed for this reason, which no retry cures. Raises Conflict.
+
+    Not counted if its size class has an image of its own: a session's metadata chose it, and must not stop the others.
+    """
+    if has_own_image(record):
+        return
     after = change_breaker(store, lambda breaker: after_failure(breaker, reason, now))
     if after is not None and after.failures == FAILURES_TO_OPEN:
         log.error("circuit breaker open: nothing is claimed, one launch a minute is tried", reason=reason)

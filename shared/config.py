@@ -2,14 +2,21 @@
 
 import os
 from collections.abc import Mapping
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from shared import sizes
 
 SHARD = "0"
 
 
 class Missing(Exception):
     """Configuration is missing or wrong; the message names the variables and what sets them."""
+
+
+def _parsed(classes: object) -> object:
+    return sizes.parse(classes) if isinstance(classes, str) else classes
 
 
 class Config(BaseModel):
@@ -25,6 +32,9 @@ class Config(BaseModel):
     state_machine_arn: str = ""
     cluster_arn: str = ""
     task_definition_arn: str = ""
+    task_definition_2_arn: str = ""  # of SandboxImage2 and SandboxImage3, for size classes that name them
+    task_definition_3_arn: str = ""
+    size_classes: Annotated[dict[str, sizes.SizeClass], BeforeValidator(_parsed)] = {}
     subnets: str = ""
     security_groups: str = ""
     assign_public_ip: str = "ENABLED"
@@ -46,6 +56,17 @@ class Config(BaseModel):
     hand_over_environment_key: bool = False
     dead_letters_url: str = ""
     force_stop_strands: bool = False
+
+    @property
+    def shortest_wall_seconds(self) -> int:
+        """The earliest that any turn's wall clock can end it, whatever its size class."""
+        walls = (size.wall for size in self.size_classes.values() if size.wall)
+        return min([self.session_timeout_seconds, *walls])
+
+    def task_definition_of(self, size: sizes.SizeClass | None) -> str:
+        """Of the image that the class names; without one, the default's."""
+        others = {2: self.task_definition_2_arn, 3: self.task_definition_3_arn}
+        return others.get(size.image, "") if size and size.image else self.task_definition_arn
 
     @property
     def retention_seconds(self) -> int:

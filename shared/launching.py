@@ -53,6 +53,9 @@ class Launcher:
     def launch(self, message: LaunchMessage) -> None:
         """Launch, or drop a message whose moment is over. Raises PutOff; other errors are retried as well."""
         wishes = self._wishes(message)
+        size = lifecycle.granted_size(wishes, self.config)
+        if wishes and wishes.size and size is None:
+            log.warning("no such size class: it gets the default", **log_fields(message), size=wishes.size)
         ticket = self.new_ticket()
         now = self._paced()
         gate = self.store.breaker()
@@ -68,6 +71,7 @@ class Launcher:
                     now=now,
                     until=now + self.config.start_timeout_seconds * 1000,
                     wishes=wishes,
+                    size=size,
                 )
                 if breaker.admits(gate, r)
                 else None
@@ -116,7 +120,7 @@ class Launcher:
     def _failed(self, record: Record, message: LaunchMessage, why: str) -> None:
         """Held back for the breaker's probe, or given up. A poller sends the next message."""
         now = self.now()
-        breaker.failed(self.store, why, now)
+        breaker.failed(self.store, record, why, now)
         emit(Metric.STARTS_REFUSED)
         if not breaker.keeps(self.store, self.config, record, now, refused=True):
             self._give_up(message, why)
@@ -178,4 +182,4 @@ class Launcher:
             self.sandboxes.stop(arn, "the turn was over before its sandbox had started")
             log.info("stopped our own task: the turn was over", **log_fields(message), task=arn)
             return
-        log.info("launched", **log_fields(stored))
+        log.info("launched", **log_fields(stored), size=stored.size and stored.size.name)

@@ -15,6 +15,7 @@ from pydantic import SecretStr, StringConstraints
 from shared.config import Config
 from shared.diagnose import Diagnosis, Kind
 from shared.record import HISTORY_TURNS, Lease, LiveEntry, Outcome, PastTurn, Phase, Record
+from shared.sizes import SizeClass
 from shared.wishes import Wishes
 
 if TYPE_CHECKING:  # half of the functions make no call and need not load its HTTP client
@@ -324,8 +325,22 @@ def awaits_wishes(record: Record, now: int) -> bool:
     return now < (record.sandbox_wanted_since or record.turn) + WISHES_PATIENCE_MS
 
 
+def granted_size(wishes: Wishes | None, config: Config) -> SizeClass | None:
+    """The class that the session names, if the stack's owner lists it with an image that there is; else None."""
+    size = config.size_classes.get(wishes.size) if wishes and wishes.size else None
+    return size if size and config.task_definition_of(size) else None
+
+
 def begin_launch(
-    record: Record, turn: int, attempt: int, *, ticket_hash: str, now: int, until: int, wishes: Wishes | None = None
+    record: Record,
+    turn: int,
+    attempt: int,
+    *,
+    ticket_hash: str,
+    now: int,
+    until: int,
+    wishes: Wishes | None = None,
+    size: SizeClass | None = None,
 ) -> Record | None:
     """`launching`, written before RunTask. What the session asks for is fixed by the turn's first reading of it.
 
@@ -338,6 +353,7 @@ def begin_launch(
         "launching" if record.phase is Phase.HELD else "launching again",
         phase=Phase.LAUNCHING,
         wishes=record.wishes or wishes,
+        size=size,
         started_by=started_by(record.work_id, turn, attempt),
         launch_until=until,
         ticket_hashes=(*record.ticket_hashes, ticket_hash)[-5:],
@@ -352,13 +368,15 @@ def put_off(record: Record, why: str, now: int, *, no_room: bool) -> Record | No
 
 
 def on_spot(record: Record, spot_weight: int) -> bool:
-    """Whether this attempt asks for Spot capacity; `spot_weight` is a percentage of the attempts.
+    """Whether this attempt asks for Spot capacity; `spot_weight` is a percentage of the attempts of no class that says.
 
     Drawn from the attempt's name, so that a retried launcher asks for the same. A turn that was interrupted twice, or
     for which there was no room once, goes on demand (DESIGN §7).
     """
     if record.interruptions >= MOST_INTERRUPTIONS or record.refusals:
         return False
+    if record.size and record.size.spot is not None:
+        return record.size.spot
     name = started_by(record.work_id, record.turn, record.attempt)
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % 100 < spot_weight
 
@@ -379,8 +397,17 @@ def growing_delay(tries: int) -> int:
 
 
 def relaunch_delay(record: Record) -> int:
-    """Seconds that the launch message of this attempt waits: only when its predecessors found no room."""
-    return growing_delay(record.never_started) if record.never_started else 0
+    """Seconds that the launch message of this attempt waits: only when its predecessors found no room.
+
+    Or no image of their own, which the circuit breaker does not count, nor space (breaker.failed).
+    """
+    tries = max(record.never_started, record.refused if has_own_image(record) else 0)
+    return growing_delay(tries) if tries else 0
+
+
+def has_own_image(record: Record) -> bool:
+    """Whether its size class has an image of its own, so that its launches say nothing of the others."""
+    return record.size is not None and record.size.image is not None
 
 
 def is_current(record: Record, turn: int, attempt: int) -> bool:
@@ -620,7 +647,7 @@ def overdue(record: Record, config: Config, now: int) -> StopWish | None:
     """
     if record.phase not in (Phase.HELD, Phase.LAUNCHING, Phase.RUNNING):
         return None
-    limit = config.session_timeout_seconds
+    limit = (record.size and record.size.wall) or config.session_timeout_seconds
     began = record.served_since or record.running_since  # the latter in records of earlier versions
     if began is None:
         if record.attempt == 1 or record.refused:
@@ -637,11 +664,11 @@ def needs_stopper(entry: LiveEntry, config: Config, now: int) -> bool:
         case Phase.STOPPING:
             return True
         case Phase.HELD:
-            return now - entry.turn >= min(config.launch_timeout_seconds, config.session_timeout_seconds) * 1000
+            return now - entry.turn >= min(config.launch_timeout_seconds, config.shortest_wall_seconds) * 1000
         case Phase.LAUNCHING:
             return now - entry.turn >= min(config.start_timeout_seconds, config.launch_timeout_seconds) * 1000
         case Phase.RUNNING:
-            return now - entry.turn >= config.session_timeout_seconds * 1000
+            return now - entry.turn >= config.shortest_wall_seconds * 1000
     return False
 
 

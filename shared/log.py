@@ -31,6 +31,7 @@ KEYS = {
     "status": "of an HTTP answer, or told to CloudFormation",
     "unserved": "whether a message was left",
     "stopped": "whether the item is",
+    "size": "a size class: asked for, or granted",
     "count": "how many",
     "live": "how many turns are live",
     "drained": "whether none is",

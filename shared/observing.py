@@ -98,7 +98,7 @@ class Observer:
         else:
             report_death(before, changed, diagnosis, detail)
         if refused:
-            breaker.failed(self.store, f"{diagnosis.summary}. {diagnosis.what_to_do}", self.now())
+            breaker.failed(self.store, changed, f"{diagnosis.summary}. {diagnosis.what_to_do}", self.now())
         if status == "STOPPED" and lifecycle.ended_too_soon(changed, self.now()):
             emit(Metric.SHORT_SANDBOXES)
         if changed.phase is Phase.HELD:

@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, SecretStr
 
+from shared.sizes import SizeClass
 from shared.wishes import Wishes
 
 HISTORY_TURNS = 5
@@ -82,6 +83,7 @@ class Record(BaseModel):
     lease_gone: bool = False  # a poll offered the item again: this turn never posts a stop
     # launching: kept over the attempts of a turn
     wishes: Wishes | None = None  # what the session's metadata asks for; None while it could not be read
+    size: SizeClass | None = None  # what it is granted of that; None: the stack's default
     sandbox_wanted_since: int | None = None  # since when the turn wants a sandbox; the launch deadline counts from here
     refusals: int = 0  # how often ECS had no room for it: decides subnets, capacity and delay of the next try
     put_off: str | None = None  # why the last try started nothing

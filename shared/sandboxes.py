@@ -11,9 +11,11 @@ from shared.config import Config
 from shared.diagnose import LaunchProblem, classify_failure, classify_launch_error
 from shared.lifecycle import on_spot, started_by, subnets_to_try
 from shared.record import Record
+from shared.sizes import SizeClass
 
 if TYPE_CHECKING:
     from types_boto3_ecs import ECSClient
+    from types_boto3_ecs.type_defs import TaskOverrideTypeDef
 
 CONTAINER = "sandbox"
 DESCRIBED_AT_ONCE = 100  # the most that DescribeTasks takes (FIELD_NOTES 18)
@@ -36,7 +38,7 @@ class Sandboxes:
     def run(self, record: Record, ticket: str) -> str:
         """Start the attempt's task and return its arn; the same attempt again is the same task. Raises LaunchFailed.
 
-        Nothing but ids and the single-use ticket goes into the overrides (DESIGN §6).
+        Nothing but ids, the single-use ticket and the size class's numbers goes into the overrides (DESIGN §6).
         """
         name = started_by(record.work_id, record.turn, record.attempt)
         provider = "FARGATE_SPOT" if on_spot(record, self._config.spot_weight) else "FARGATE"
@@ -49,7 +51,7 @@ class Sandboxes:
         try:
             reply = self._client.run_task(
                 cluster=self._config.cluster_arn,
-                taskDefinition=self._config.task_definition_arn,
+                taskDefinition=self._config.task_definition_of(record.size),
                 clientToken=hashlib.sha256(name.encode()).hexdigest(),
                 startedBy=name,
                 capacityProviderStrategy=[{"capacityProvider": provider, "weight": 1}],
@@ -67,7 +69,8 @@ class Sandboxes:
                             "name": CONTAINER,
                             "environment": [{"name": n, "value": v} for n, v in environment.items()],
                         }
-                    ]
+                    ],
+                    **_machine(record.size),
                 },
                 tags=[{"key": "sandbox-fleet:work-id", "value": record.work_id}],
             )
@@ -115,6 +118,14 @@ class Sandboxes:
             )
             found += reply["taskArns"]
         return found
+
+
+def _machine(size: SizeClass | None) -> "TaskOverrideTypeDef":
+    """What RunTask overrides of the task definition's machine."""
+    if size is None:
+        return {}
+    disk: TaskOverrideTypeDef = {"ephemeralStorage": {"sizeInGiB": size.disk}} if size.disk else {}
+    return {"cpu": str(size.cpu), "memory": str(size.memory), **disk}
 
 
 def _arn_of_twin(error: ClientError) -> str:

@@ -202,7 +202,7 @@ class Stopper:
         if saved:
             report_death(record, saved, diagnosis, task)
         if saved and refused:
-            breaker.failed(self.store, f"{diagnosis.summary}. {diagnosis.what_to_do}", self.now())
+            breaker.failed(self.store, saved, f"{diagnosis.summary}. {diagnosis.what_to_do}", self.now())
         if saved and saved.phase is Phase.HELD:
             self.queue.send(saved)
         return saved

@@ -42,6 +42,16 @@ _MAX_OVERRIDES = 8192  # characters of the overrides as JSON; API_TaskOverride
 _MAX_STARTED_BY = 128
 _MAX_TOKEN = 64
 _DRAIN_SECONDS = 2.0
+_LEAST_DISK, _MOST_DISK = 21, 200  # GiB, of an override
+FARGATE_MEMORY = {  # MiB by CPU units
+    256: (512, 1024, 2048),
+    512: range(1024, 4097, 1024),
+    1024: range(2048, 8193, 1024),
+    2048: range(4096, 16385, 1024),
+    4096: range(8192, 30721, 1024),
+    8192: range(16384, 61441, 4096),
+    16384: range(32768, 122881, 8192),
+}
 
 
 class _Refused(Exception):
@@ -166,7 +176,9 @@ class TaskEngine:
             "tags": [],
             "updatedAt": now,
             "version": 1,
-            "ephemeralStorage": definition.get("ephemeralStorage") or {"sizeInGiB": 20},
+            "ephemeralStorage": (
+                overrides.get("ephemeralStorage") or definition.get("ephemeralStorage") or {"sizeInGiB": 20}
+            ),
         }
         life = _Life(
             record,
@@ -463,6 +475,7 @@ def _check_run_task(data: Json, definition: Json) -> None:
     overrides = data.get("overrides") or {}
     if len(json.dumps(overrides, separators=(",", ":"))) > _MAX_OVERRIDES:
         raise _Refused(invalid, f"Container Overrides length must be at most {_MAX_OVERRIDES}")
+    _check_size(overrides, definition)
     names = {container["name"] for container in definition["containerDefinitions"]}
     for override in overrides.get("containerOverrides", []):
         if override.get("name") not in names:
@@ -470,6 +483,18 @@ def _check_run_task(data: Json, definition: Json) -> None:
                 invalid,
                 f"Override for container named {override.get('name')} is not a container in the TaskDefinition.",
             )
+
+
+def _check_size(overrides: Json, definition: Json) -> None:
+    """Fargate's sizes (task-cpu-memory-error.html of the ECS guide), as overridden."""
+    if "FARGATE" not in (definition.get("requiresCompatibilities") or ()):
+        return
+    cpu, memory = (int(overrides.get(name) or definition.get(name) or 0) for name in ("cpu", "memory"))
+    if memory not in FARGATE_MEMORY.get(cpu, ()):
+        raise _Refused("ClientException", "No Fargate configuration exists for given values.")
+    disk = overrides.get("ephemeralStorage", {}).get("sizeInGiB", _LEAST_DISK)
+    if not _LEAST_DISK <= disk <= _MOST_DISK:
+        raise _Refused("InvalidParameterException", "Ephemeral storage must be 21 to 200 GiB.")
 
 
 def _request(data: Json) -> str:

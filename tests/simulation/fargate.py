@@ -41,6 +41,10 @@ class Task:
         return {one["name"]: one["value"] for one in given}
 
     @property
+    def definition(self) -> str:
+        return str(self.request["taskDefinition"])
+
+    @property
     def runs(self) -> bool:
         return self.status == "RUNNING"
 
@@ -73,13 +77,14 @@ class Fargate:
     stop_timeout_ms: int
     watch: Callable[[Task], None]  # after every change of a task's state
     stopping: Callable[[Task, str], None]  # before a StopTask, with its reason
-    created: Callable[[], None]
+    created: Callable[[Task], None]
     tasks: dict[str, Task] = field(default_factory=dict)
     ever: list[Task] = field(default_factory=list)  # those that ECS has forgotten as well
     tokens: dict[str, Task] = field(default_factory=dict)
     full_until: int = 0
     image_missing_until: int = 0
     image_missing_from: int = 0
+    image_missing: str = "definition"  # the task definition whose image it is
     subnets_full_until: dict[str, int] = field(default_factory=dict)
     reclaiming_spot_until: int = 0
 
@@ -142,8 +147,9 @@ class Fargate:
             task.reason, task.code = reason, code
             self.machine.kill(task.process, reason)
 
-    def image_goes_missing(self, ms: int) -> None:
-        """Every task that starts within this time cannot pull its image."""
+    def image_goes_missing(self, ms: int, definition: str = "definition") -> None:
+        """Every task of this definition that starts within this time cannot pull its image."""
+        self.image_missing = definition
         self.image_missing_from, self.image_missing_until = self.machine.now, self.machine.now + ms
 
     def _refusal(self) -> Exception:
@@ -172,7 +178,7 @@ class Fargate:
         if token:
             self.tokens[token] = task
         self.machine.note(task.arn, f"created by {started_by}")
-        self.created()
+        self.created(task)
         stuck = self.outside.faults.happens(self.machine, 0.02, "never leaves PENDING")
         if not stuck:
             self.machine.later(self.machine.rng.randint(800, 40_000), lambda: self._start(task))
@@ -181,7 +187,8 @@ class Fargate:
     def _start(self, task: Task) -> None:
         if task.desired == "STOPPED":
             return
-        if self.machine.now < self.image_missing_until:
+        missing = self.machine.now < self.image_missing_until and task.definition == self.image_missing
+        if missing:
             task.desired, task.code = "STOPPED", "TaskFailedToStart"
             task.reason = "CannotPullContainerError: pull image manifest: manifest unknown: not found"
             self._stopped(task, None)

@@ -2,6 +2,7 @@
 
 import base64
 import importlib.util
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import shared.metrics
 import shared.stopping
 import shared.wiring
 from local.work_api.state import Item, Refusal
-from shared import lifecycle
+from shared import lifecycle, sizes
 from shared.claiming import Claimer
 from shared.config import SHARD, Config
 from shared.keeping import Keeper
@@ -70,6 +71,8 @@ CONFIG = Config(
     dead_letters_url="dead",
     cluster_arn="cluster",
     task_definition_arn="definition",
+    task_definition_2_arn="definition-2",
+    size_classes=sizes.parse("small:cpu=256:memory=512:spot=yes:wall=1800,web:cpu=512:memory=1024:spot=no:image=2"),
     subnets="subnet-1,subnet-2",
     security_groups="sg-1",
     state_machine_arn="arn:aws:states:x:1:stateMachine:loop",
@@ -126,6 +129,7 @@ class Fleet:
         self.faults = Faults(self.rate, START + self.faults_until_ms)
         self.outside = Outside(self.machine, self.faults, self.script)
         self.sessions: dict[str, Session] = {}
+        self.wanted = itertools.cycle(["", "small", "web", "huge"])  # size classes, by session
         self.keys = {"sk-ant-oat01-KEY-1"}
         self.secret_value = "sk-ant-oat01-KEY-1"
         self.api_was_away: list[tuple[int, int]] = []
@@ -156,7 +160,7 @@ class Fleet:
     def new_session(self) -> Session:
         work_id = f"sesn_{len(self.sessions) + 1}"
         session = self.sessions[work_id] = Session(work_id)
-        session.metadata = {PREFIX + "git": f"https://example.com/{work_id}"}
+        session.metadata = {PREFIX + "git": f"https://example.com/{work_id}", PREFIX + "size": next(self.wanted)}
         self.queue.enqueue(work_id)
         session.pending += 1
         self._say(session)
@@ -457,9 +461,14 @@ class Fleet:
 
     # --- what must hold at every step (DESIGN §10) -----------------------------------------------------------------
 
-    def _check_launches(self) -> None:
+    def _check_launches(self, task: Task) -> None:
         """The circuit breaker: once an image is missing for a while, about one launch a minute tries it (DESIGN §6)."""
         now, fargate = self.machine.now, self.fargate
+        self._check_size(task)
+        if fargate.image_missing != "definition":
+            if self.records.breaker().opened_at is not None:
+                self.violations.append("the image of a size class opened the circuit breaker")
+            return
         self.launches = [at for at in self.launches if at > now - 600_000] + [now]
         missing_for = now - fargate.image_missing_from
         if now < fargate.image_missing_until and missing_for > 1_500_000 and len(self.launches) > 12:
@@ -473,6 +482,16 @@ class Fleet:
         missing = "no such image" in (after.stop_reason or "")
         if missing and held_for < self.config.breaker_max_hold_seconds * 1000:
             self.violations.append(f"{after.work_id} was given up after {held_for // 1000} s without an image")
+
+    def _check_size(self, task: Task) -> None:
+        """A task is of the class that its record names: the one that its session asked for, if it is listed."""
+        record = self.records.get(task.environment["FLEET_WORK_ID"])
+        size = record.size if record else None
+        asked = (task.request["overrides"].get("cpu"), task.definition)
+        if asked != (str(size.cpu) if size else None, self.config.task_definition_of(size)):
+            self.violations.append(f"{task.arn} is not of the size that its record names: {asked}")
+        if size and size.name != self.sessions[task.environment["FLEET_WORK_ID"]].metadata[PREFIX + "size"]:
+            self.violations.append(f"{task.arn} is of the size {size.name}, which its session did not ask for")
 
     def _check_task(self, task: Task) -> None:
         if not task.runs:

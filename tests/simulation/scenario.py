@@ -80,7 +80,8 @@ def _plan(fleet: Fleet) -> None:
         at(lambda: setattr(fleet.fargate, "full_until", machine.now + rng.randint(30_000, 600_000)))
     if rng.random() < 0.1:
         longest = rng.choice([600_000, 3 * 3_600_000])
-        at(lambda: fleet.fargate.image_goes_missing(rng.randint(30_000, longest)))
+        whose = rng.choice(["definition", "definition", "definition-2"])
+        at(lambda: fleet.fargate.image_goes_missing(rng.randint(30_000, longest), whose))
     if rng.random() < 0.1:
         at(lambda: setattr(fleet.fargate, "reclaiming_spot_until", machine.now + rng.randint(30_000, 600_000)))
     if rng.random() < 0.1:

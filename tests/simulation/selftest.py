@@ -245,6 +245,23 @@ def _every_launch_is_a_probe(stack: ExitStack) -> None:
     stack.enter_context(patch.object(breaker, "admits", lambda *_: True))
 
 
+def _a_class_s_image_counted_for_all(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(breaker, "has_own_image", lambda _: False))
+
+
+def _the_first_class_for_everybody(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(lifecycle, "granted_size", lambda _, config: config.size_classes["small"]))
+
+
+def _metadata_forgotten_by_the_next_attempt(stack: ExitStack) -> None:
+    following = lifecycle._next_attempt
+
+    def next_attempt(*args: Any, **named: Any) -> Record:
+        return following(*args, **named).model_copy(update={"wishes": None})
+
+    stack.enter_context(patch.object(lifecycle, "_next_attempt", next_attempt))
+
+
 BROKEN: dict[str, Break] = {
     name.removeprefix("_").replace("_", " "): function
     for name, function in list(globals().items())

@@ -235,7 +235,9 @@ def _known_arns(resources: Resources) -> Iterator[str]:
             repository = re.fullmatch(
                 r"\d{12}\.dkr\.ecr\.[a-z0-9-]+\.amazonaws\.com/([^:@]+)[:@].+", container["Image"]
             )
-            yield SHAPES["AWS::ECR::Repository"].arn.format(repository[1] if repository else "none")
+            if repository:
+                yield SHAPES["AWS::ECR::Repository"].arn.format(repository[1])
+    yield SHAPES["AWS::ECR::Repository"].arn.format("none")  # the template's word for an image from elsewhere
 
 
 def _role_faults(resources: Resources) -> Iterator[str]:
@@ -254,8 +256,9 @@ def _role_faults(resources: Resources) -> Iterator[str]:
         if resource["Type"] != "AWS::IAM::Role":
             for arn in set(strings(resource["Properties"])) & arns.keys():
                 users[arn].append(name)
+    tasks = set(_of_type(resources, "AWS::ECS::TaskDefinition"))  # the same machine with other images
     for arn, names in users.items():
-        if len(names) != 1:
+        if len(names) != 1 and not (names and set(names) <= tasks):
             yield f"{arns[arn]}: a role is for one resource, this one for {sorted(names)}"
 
 

@@ -14,7 +14,7 @@ from botocore.awsrequest import AWSResponse, HTTPHeaders
 from botocore.exceptions import ReadTimeoutError
 from pydantic import SecretStr
 
-from shared import lifecycle, wiring
+from shared import lifecycle, sizes, wiring
 from shared.config import Config
 from shared.launching import Launcher, LaunchMessage, PutOff
 from shared.observing import Observer
@@ -369,3 +369,43 @@ def test_no_session_is_read_for_a_message_whose_moment_is_over(room: Room) -> No
     room.sessions.asked.clear()
     room.launcher.launch(MESSAGE)
     assert room.sessions.asked == []
+
+
+SIZES = "large:cpu=4096:memory=16384:disk=100:spot=yes:wall=600,web:cpu=2048:memory=4096:image=2"
+
+
+def with_sizes(room: Room) -> None:
+    config = CONFIG.model_copy(update={"size_classes": sizes.parse(SIZES), "task_definition_2_arn": "second"})
+    room.launcher.config = room.sandboxes._config = config
+
+
+def test_a_session_s_class_is_what_is_asked_of_ecs_and_what_the_record_says(room: Room) -> None:
+    with_sizes(room)
+    room.sessions.told = {"sandbox-fleet.size": "large"}
+    room.launcher.launch(MESSAGE)
+    [asked] = room.ecs.requests()
+    machine = {name: value for name, value in asked["overrides"].items() if name != "containerOverrides"}
+    assert machine == {"cpu": "4096", "memory": "16384", "ephemeralStorage": {"sizeInGiB": 100}}
+    assert asked["capacityProviderStrategy"] == [{"capacityProvider": "FARGATE_SPOT", "weight": 1}]
+    assert asked["taskDefinition"] == "definition"
+    assert room.record().size == sizes.parse(SIZES)["large"]
+
+
+def test_a_class_with_an_image_is_launched_from_its_own_task_definition(room: Room) -> None:
+    with_sizes(room)
+    room.sessions.told = {"sandbox-fleet.size": "web"}
+    room.launcher.launch(MESSAGE)
+    [asked] = room.ecs.requests()
+    assert asked["taskDefinition"] == "second"
+    assert "ephemeralStorage" not in asked["overrides"]
+
+
+@pytest.mark.parametrize("size", ["huge", "large:cpu=16384", "LARGE"])
+def test_a_class_that_is_not_listed_gets_the_default(room: Room, size: str) -> None:
+    with_sizes(room)
+    room.sessions.told = {"sandbox-fleet.size": size}
+    room.launcher.launch(MESSAGE)
+    [asked] = room.ecs.requests()
+    assert asked["overrides"].keys() == {"containerOverrides"}
+    assert asked["taskDefinition"] == "definition"
+    assert room.record().size is None

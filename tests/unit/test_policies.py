@@ -46,19 +46,22 @@ def test_every_condition_that_a_policy_depends_on_is_tried_both_ways(template: T
         ("", "SandboxRepository"),  # built by the stack
     ],
 )
-def test_the_execution_role_pulls_from_the_images_repository_only(
-    template: Template, monkeypatch: pytest.MonkeyPatch, image: str, repository: str
+@pytest.mark.parametrize("second", ["", "123456789012.dkr.ecr.us-east-1.amazonaws.com/second:1"])
+def test_the_execution_role_pulls_from_the_images_repositories_only(
+    template: Template, monkeypatch: pytest.MonkeyPatch, image: str, repository: str, second: str
 ) -> None:
     monkeypatch.setitem(cloudformation.SAMPLES, "SandboxImage", [image])
+    monkeypatch.setitem(cloudformation.SAMPLES, "SandboxImage2", [second])
     pulled = {
-        statement["Resource"].split("repository/")[-1]
+        resource.split("repository/")[-1]
         for resources in cloudformation.branches(template)
         if ("SandboxRepository" in resources) == (image == "")
         for policy in policies.policies(resources)
         for statement in policy.statements
         if "ecr:BatchGetImage" in statement["Action"]
+        for resource in statement["Resource"]
     }
-    assert pulled == {repository}
+    assert pulled == {repository, "second" if second else "none", "none"}
 
 
 # --- planted faults ------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What the template must say for a rule of the field to hold; its policies and alarms have tests of their own."""
 
+import copy
 import re
 from typing import Any
 
@@ -58,12 +59,23 @@ def test_a_launch_message_stays_hidden_while_its_launcher_may_still_run(template
 
 def test_a_sandbox_has_the_longest_time_to_stop_and_an_init_that_passes_sigterm_on(template: Template) -> None:
     """FIELD_NOTES 24: 120 s is Fargate's most."""
-    [task] = of_type(template, "AWS::ECS::TaskDefinition").values()
+    task = of_type(template, "AWS::ECS::TaskDefinition")["SandboxTask"]
     [container] = task["ContainerDefinitions"]
     assert container["StopTimeout"] == {"Ref": "StopTimeoutSeconds"}
     assert container["LinuxParameters"]["InitProcessEnabled"] is True
     parameter = template["Parameters"]["StopTimeoutSeconds"]
     assert parameter["Default"] == parameter["MaxValue"] == 120
+
+
+@pytest.mark.parametrize("number", ["2", "3"])
+def test_a_sandbox_of_another_image_is_in_all_else_the_same(template: Template, number: str) -> None:
+    tasks = of_type(template, "AWS::ECS::TaskDefinition")
+    task, other = tasks["SandboxTask"], copy.deepcopy(tasks[f"SandboxTask{number}"])
+    [container], [same] = other["ContainerDefinitions"], task["ContainerDefinitions"]
+    assert container["Image"] == {"Fn::If": [f"Image{number}", {"Ref": f"SandboxImage{number}"}, same["Image"]]}
+    assert other.pop("Family") != task["Family"]
+    container["Image"] = same["Image"]
+    assert other == {name: value for name, value in task.items() if name != "Family"}
 
 
 def test_the_image_starts_its_runner_without_a_shell_that_would_keep_sigterm() -> None:
