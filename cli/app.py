@@ -8,7 +8,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from cli import control, doctor, key, local, logs, show, stats, work
+from cli import control, cost, doctor, key, local, logs, show, stats, work
 from cli.stack import DEFAULT_STACK, Fleet
 from cli.terminal import Code, Failure, note
 from shared.config import Missing
@@ -87,6 +87,7 @@ _add("Look", show.show, "fleet show sesn_01ABC")
 _add("Look", show.watch, "fleet watch")
 _add("Look", logs.logs, "fleet logs sesn_01ABC -f")
 _add("Look", stats.stats, "fleet stats")
+_add("Look", cost.cost, "fleet cost --since 7d --plot cost.png")
 _add("Look", doctor.doctor, "fleet doctor")
 _add("One session", control.stop, "fleet stop sesn_01ABC --wait")
 _add("One session", control.retry, "fleet retry sesn_01ABC")

@@ -14,7 +14,7 @@ from pydantic import SecretStr, StringConstraints
 
 from shared.config import Config
 from shared.diagnose import Diagnosis, Kind
-from shared.record import HISTORY_TURNS, Lease, LiveEntry, Outcome, PastTurn, Phase, Record
+from shared.record import HISTORY_TURNS, SPENT_ENTRIES, Lease, LiveEntry, Outcome, PastTurn, Phase, Record, Spent
 from shared.sizes import SizeClass
 from shared.wishes import Wishes
 
@@ -106,6 +106,8 @@ def open_turn(previous: Record | None, work: "Work", *, now: int, owner: str, un
         shard=shard,
         history=history,
         timeline=previous.timeline if previous and previous.is_live else (),
+        spent=previous.spent if previous else (),
+        spent_untold=previous.spent_untold if previous else 0,
     ).noted(now, "received")
 
 
@@ -453,14 +455,15 @@ def after_container_stopped(
     now: int,
     max_attempts: int,
     hold: bool = False,
+    spent: Spent | None = None,
 ) -> Record | None:
     """ECS says STOPPED: finish what was wanted, or relaunch while the lease is held (DESIGN §7, "Sandbox gone").
 
-    `hold`: an attempt that never ran is made again, uncounted (breaker.keeps).
+    `hold`: an attempt that never ran is made again, uncounted (breaker.keeps). `spent`: its charge, if told.
     """
     if record.dead or record.phase not in (Phase.LAUNCHING, Phase.RUNNING, Phase.STOPPING):
         return None
-    told = record.model_copy(update={"event_version": version, "exit_code": exit_code})
+    told = _charged(record, spent).model_copy(update={"event_version": version, "exit_code": exit_code})
     finished = exit_code in (FINISHED, UNSERVED)  # only with its item stopped
     if record.phase is Phase.STOPPING and (finished or not stops_before_death(record)):
         outcome = record.stop_outcome
@@ -491,6 +494,18 @@ def after_container_stopped(
         wish = StopWish(f"attempt {record.attempt} failed: {why}", outcome, post=True)
         return _ended(told.model_copy(update={"phase": Phase.RUNNING}), now, wish)
     return _next_attempt(told, now, why, interrupted=interrupted, no_room=no_room)
+
+
+def _charged(record: Record, spent: Spent | None) -> Record:
+    """With the attempt's charge added to those of its kind."""
+    if spent is None:
+        return record.model_copy(update={"spent_untold": record.spent_untold + (record.running_since is not None)})
+    spent = spent.model_copy(update={"tag": record.tag})
+    same = [spent, *(entry for entry in record.spent if entry.kind == spent.kind)]
+    total = {"sandboxes": sum(entry.sandboxes for entry in same), "seconds": sum(entry.seconds for entry in same)}
+    entries = (*(entry for entry in record.spent if entry.kind != spent.kind), spent.model_copy(update=total))
+    dropped = sum(entry.sandboxes for entry in entries[:-SPENT_ENTRIES])
+    return record.model_copy(update={"spent": entries[-SPENT_ENTRIES:], "spent_untold": record.spent_untold + dropped})
 
 
 def _ended(record: Record, now: int, wish: StopWish) -> Record:

@@ -13,7 +13,7 @@ from shared.launch_queue import LaunchQueue
 from shared.log import log, log_fields
 from shared.metrics import Metric, emit
 from shared.record import Phase, Record
-from shared.sandboxes import charged_seconds, exit_code_of
+from shared.sandboxes import charged_seconds, exit_code_of, spent_on
 from shared.store import Store, change
 
 _COUNTED = {  # the others were wanted
@@ -85,6 +85,7 @@ class Observer:
                     max_attempts=self.config.max_attempts,
                     hold=lifecycle.never_ran(record, exit_code)
                     and breaker.keeps(self.store, self.config, record, self.now(), refused=refused),
+                    spent=spent_on(detail),
                 )
             return None
 

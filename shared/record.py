@@ -7,14 +7,17 @@ import base64
 import binascii
 import json
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from shared.sizes import SizeClass
 from shared.wishes import Wishes
 
 HISTORY_TURNS = 5
 TIMELINE_EVENTS = 60
+SPENT_ENTRIES = 40
+LONGEST_TAG = 64  # characters
 
 
 class Phase(StrEnum):
@@ -60,6 +63,28 @@ class PastTurn(BaseModel):
     exit_code: int | None = None
     reason: str | None = None
     timeline: tuple[Moment, ...] = ()
+
+
+_Amount = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class Spent(BaseModel):
+    """What Fargate charges for one session's sandboxes that began on one UTC day, on one kind of machine."""
+
+    model_config = ConfigDict(frozen=True)
+    day: str  # 2026-11-25
+    cpu: _Amount  # CPU units: 1024 are one vCPU
+    memory: _Amount  # MiB
+    disk: _Amount  # GiB
+    spot: bool
+    tag: str | None = None  # the session's own word (wishes.py)
+    sandboxes: _Amount = 1
+    seconds: _Amount
+
+    @property
+    def kind(self) -> tuple[str, int, int, int, bool, str | None]:
+        """What is summed up together."""
+        return self.day, self.cpu, self.memory, self.disk, self.spot, self.tag
 
 
 class Record(BaseModel):
@@ -124,10 +149,18 @@ class Record(BaseModel):
     shard: str | None = None  # set exactly while live: it makes the index sparse
     timeline: tuple[Moment, ...] = ()
     history: tuple[PastTurn, ...] = ()
+    # of all turns, the ended sandboxes alone
+    spent: tuple[Spent, ...] = ()
+    spent_untold: int = 0  # sandboxes that ran and are not in `spent`: ECS told no times, or there was no more room
 
     @property
     def is_live(self) -> bool:
         return self.phase is not Phase.STOPPED
+
+    @property
+    def tag(self) -> str | None:
+        """Whose costs the turn's are, by the session's own word."""
+        return self.wishes.tag[:LONGEST_TAG] if self.wishes and self.wishes.tag else None
 
     def sessions_token(self) -> SecretStr | None:
         """The session's own credential, inside the work secret (W§10); None if it holds none."""

@@ -1,16 +1,18 @@
 """Sandboxes as ECS tasks: run, stop, describe, find. Which of these is done when is not decided here."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
+from pydantic import ValidationError
 
 from shared.config import Config
 from shared.diagnose import LaunchProblem, classify_failure, classify_launch_error
 from shared.lifecycle import on_spot, started_by, subnets_to_try
-from shared.record import Record
+from shared.record import Record, Spent
 from shared.sizes import SizeClass
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from types_boto3_ecs.type_defs import TaskOverrideTypeDef
 
 CONTAINER = "sandbox"
+FREE_DISK = 20  # GiB that every task on Fargate has
 DESCRIBED_AT_ONCE = 100  # the most that DescribeTasks takes (FIELD_NOTES 18)
 
 
@@ -151,8 +154,31 @@ def charged_seconds(task: Mapping[str, Any]) -> float | None:
 
     https://aws.amazon.com/fargate/pricing/
     """
-    began, ended = _time(task.get("pullStartedAt") or task.get("startedAt")), _time(task.get("stoppedAt"))
+    began, ended = _charged_from(task), _time(task.get("stoppedAt"))
     return None if began is None or ended is None else max(60.0, (ended - began).total_seconds())
+
+
+def spent_on(task: Mapping[str, Any], now: datetime | None = None) -> Spent | None:
+    """What Fargate charges a task for, until `now` if it has not stopped; None if not told, or nothing was pulled."""
+    began, seconds = _charged_from(task), charged_seconds({"stoppedAt": now, **task})
+    if began is None or seconds is None:
+        return None
+    disk = task.get("ephemeralStorage")
+    try:
+        return Spent(
+            day=began.astimezone(UTC).date().isoformat(),
+            cpu=task.get("cpu"),
+            memory=task.get("memory"),
+            disk=disk.get("sizeInGiB") if isinstance(disk, Mapping) else FREE_DISK,
+            spot=task.get("capacityProviderName") == "FARGATE_SPOT",
+            seconds=math.ceil(seconds),
+        )
+    except ValidationError:
+        return None
+
+
+def _charged_from(task: Mapping[str, Any]) -> datetime | None:
+    return _time(task.get("pullStartedAt") or task.get("startedAt"))
 
 
 def _time(told: object) -> datetime | None:

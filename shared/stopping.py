@@ -17,7 +17,7 @@ from shared.log import log, log_fields
 from shared.metrics import Metric, emit
 from shared.observing import report_death
 from shared.record import Outcome, Phase, Record
-from shared.sandboxes import DESCRIBED_AT_ONCE, Sandboxes, exit_code_of
+from shared.sandboxes import DESCRIBED_AT_ONCE, Sandboxes, exit_code_of, spent_on
 from shared.store import Conflict, Store
 from shared.work_api import Gone, WorkApi, WorkApiError
 
@@ -197,6 +197,7 @@ class Stopper:
             max_attempts=self.config.max_attempts,
             hold=lifecycle.never_ran(record, exit_code)
             and breaker.keeps(self.store, self.config, record, self.now(), refused=refused),
+            spent=spent_on(task),
         )
         saved = self.store.save(after) if after else None
         if saved:

@@ -19,6 +19,7 @@ class Wishes(BaseModel):
     size: str | None = None  # the name of a size class
     archive: str | None = None  # s3://bucket/key of what is unpacked into the workspace
     git: str | None = None  # https URL of a public repository, optionally with #reference
+    tag: str | None = None  # whose costs these are: for the operator's own accounts
 
 
 def wishes_in(metadata: Mapping[str, Any]) -> Wishes:

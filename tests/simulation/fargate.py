@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ class Task:
     exit_code: int | None = None
     told_to_stop: bool = False
     process: Process | None = None
+    started_at: int | None = None
     stopped_at: int | None = None
 
     @property
@@ -61,9 +63,17 @@ class Task:
             "version": self.version,
             "stoppedReason": self.reason,
             "stopCode": self.code,
+            "cpu": "1024",
+            "memory": "2048",
+            "startedAt": _told(self.started_at),
+            "stoppedAt": _told(self.stopped_at),
             "containers": [container],
         }
         return {name: value for name, value in shown.items() if value is not None}
+
+
+def _told(at: int | None) -> str | None:
+    return None if at is None else datetime.fromtimestamp(at / 1000, UTC).isoformat()
 
 
 @dataclass
@@ -208,6 +218,7 @@ class Fargate:
             self._stopped(task, exit_code)
 
         task.process = self.machine.spawn(task.arn, lambda: self.container(task), ended=ended)
+        task.started_at = self.machine.now
         self._changed(task, "RUNNING")
 
     def _stopped(self, task: Task, exit_code: int | None) -> None:

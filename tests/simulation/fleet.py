@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +152,7 @@ class Fleet:
         )
         self._build_functions()
         self.ran_at = 0  # when a sandbox last reached RUNNING
+        self.ran: Counter[str] = Counter()  # sandboxes that reached it, by work id
         self.launches: list[int] = []  # when tasks were created
         self.reported: set[str] = set()  # items that the janitor called stranded
         _listen(self)
@@ -456,6 +458,9 @@ class Fleet:
                 )
             if record.secret is not None:
                 self.violations.append(f"{session.work_id}: the secret outlived its turn")
+            charged = sum(entry.sandboxes for entry in record.spent) + record.spent_untold
+            if charged > self.ran[session.work_id]:
+                self.violations.append(f"{session.work_id}: {charged} sandboxes charged, some twice")
         if self.messages.dead:
             self.violations.append(f"dead letters: {self.messages.dead}")
 
@@ -498,6 +503,7 @@ class Fleet:
             return
         self.ran_at = self.machine.now
         work_id = task.environment["FLEET_WORK_ID"]
+        self.ran[work_id] += 1
         others = [
             other.arn
             for other in self.fargate.tasks.values()
