@@ -63,8 +63,11 @@ template-checks: setup
 	.venv-sam/bin/sam validate --lint --region us-east-1 --template template.yaml
 	$(BIN)/cfn-lint template.yaml
 
+# A file's tests share its servers, so a file stays with one worker
+PARALLEL := -n auto --dist loadfile
+
 unit: setup  ## the tests that need no server
-	$(BIN)/python -m pytest tests/unit -q
+	$(BIN)/python -m pytest tests/unit -q $(PARALLEL)
 
 simulation: setup  ## some hundred seeds and the named sequences
 	$(BIN)/python -m pytest -q tests/simulation
@@ -85,7 +88,7 @@ bench: setup  ## measure beside the official SDK, and what it costs (under ten m
 	@$(BIN)/python -m bench $(ARGS)
 
 contract: setup  ## our parts against the official SDK, the emulator and the local AWS
-	$(BIN)/python -m pytest tests/contract -q
+	$(BIN)/python -m pytest tests/contract -q $(PARALLEL)
 
 e2e: setup  ## the demo, checked from outside; a deploy over running sessions
 	$(BIN)/python -m pytest tests/e2e -q

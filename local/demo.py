@@ -161,18 +161,18 @@ class Demo:
         return {item["pk"]: item for item in items if item["sk"] == "record"}
 
     def sandboxes(self, work_id: str | None = None) -> list[psutil.Process]:
-        """The runner processes, found by what their task's environment holds."""
+        """The runner processes that live, by their tasks: a container's runtime id ends with its process's id."""
         found = []
-        for process in psutil.process_iter():
-            try:
-                if "python" not in process.name():
-                    continue
-                environment = process.environ()
-            except psutil.Error:
+        for task in self.tasks(self.stack.client("ecs")):
+            (override,) = task["overrides"]["containerOverrides"]
+            told = {pair["name"]: pair["value"] for pair in override["environment"]}
+            if work_id is not None and told["FLEET_WORK_ID"] != work_id:
                 continue
-            ours = environment.get("FLEET_TICKETS_URL", "").startswith(self.stack.aws_url)
-            if ours and (work_id is None or environment.get("FLEET_WORK_ID") == work_id):
-                found.append(process)
+            for container in task["containers"]:
+                with contextlib.suppress(psutil.Error, ValueError):
+                    process = psutil.Process(int(container.get("runtimeId", "").rpartition("-")[2]))
+                    if process.status() != psutil.STATUS_ZOMBIE and "runner" in " ".join(process.cmdline()):
+                        found.append(process)
         return found
 
     def mid_tool(self, case: Case) -> bool:

@@ -60,7 +60,7 @@ def main() -> None:
     patches.packages_unpacked_once(state / "tmp" / "packages")
     patches.few_workers(options.workers)
     iam.install()
-    TaskEngine(images, state / "tasks", state / "logs", run_id).install()
+    TaskEngine(images, state / "tasks", state / "logs", state / "sessions", run_id).install()
     try:
         asyncio.run(_serve(listener, endpoint, watchdog, options.stop_at_stdin_eof))
     finally:  # it comes here only by an error
@@ -111,13 +111,13 @@ def _state_directory(given: Path | None, run_id: str) -> tuple[Path, Watchdog]:
     """The state directory, and the watchdog that removes it (of a given one: the temporary parts)."""
     if given is None:
         state = Path(tempfile.mkdtemp(prefix="local-aws-"))
-        return state, Watchdog(run_id, [state])
+        return state, Watchdog(run_id, state / "sessions", [state])
     state = given.resolve()
     try:
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"local aws: cannot make the state directory {state}: {error.strerror}")
-    return state, Watchdog(run_id, [state / "tasks", state / "tmp"])
+    return state, Watchdog(run_id, state / "sessions", [state / "tasks", state / "tmp"])
 
 
 def _prepare_environment(options: argparse.Namespace, port: int, state: Path, run_id: str) -> None:

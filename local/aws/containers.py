@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from local.aws.processes import Session
+
 
 class ImagesFileError(ValueError):
     """The images file cannot be used; the message is one line for the user."""
@@ -102,6 +104,7 @@ class Container:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        self.session = Session.of(self._process.pid)
         output = self._process.stdout
         assert output is not None  # noqa: S101 - a pipe was asked for
         self._reader = threading.Thread(target=_forward, args=(output, on_line), daemon=True)

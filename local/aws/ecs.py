@@ -90,10 +90,11 @@ class _Life:
 class TaskEngine:
     """The tasks of one local AWS."""
 
-    def __init__(self, images: Images, scratch_root: Path, logs_root: Path, run_id: str) -> None:
+    def __init__(self, images: Images, scratch_root: Path, logs_root: Path, sessions: Path, run_id: str) -> None:
         self._images = images
         self._scratch_root = scratch_root
         self._logs_root = logs_root
+        self._sessions = sessions  # where each container's is noted, for the watchdog
         self._run_id = run_id
         self._lock = threading.RLock()
         self._tokens = ClientTokens(time.time)
@@ -271,6 +272,7 @@ class TaskEngine:
         with self._lock:
             for container in life.record["containers"]:
                 container["lastStatus"] = "RUNNING"
+                container["runtimeId"] = f"{life.id}-{life.containers[container['name']].session.pid}"
         if self._change(life, lastStatus="RUNNING", pullStoppedAt=now, startedAt=now):
             ecs_metadata.set_task_status(life.arn, known_status="RUNNING")
             for token in life.metadata_tokens:
@@ -295,9 +297,11 @@ class TaskEngine:
         )
         on_line = self._log_sink(life, definition)
         try:
-            return Container([*image.argv, *command], env, image.cwd or str(life.scratch), on_line, life.wake.set)
+            container = Container([*image.argv, *command], env, image.cwd or str(life.scratch), on_line, life.wake.set)
         except OSError as error:
             raise _CannotStartError(f"CannotStartContainerError: {error}") from error
+        container.session.note(self._sessions)
+        return container
 
     def _injected(self, life: _Life, definition: Json) -> dict[str, str]:
         """What Fargate itself sets: metadata address and region; no credentials, there being no task role."""
@@ -384,7 +388,8 @@ class TaskEngine:
             if not running.exited.wait(max(0.0, terminated + patience - time.monotonic())):
                 running.kill()
                 running.exited.wait()
-        kill_marked(TASK_MARK, life.id)  # the end of a container's process 1 is the end of all its processes
+        sessions = [container.session for container in life.containers.values()]
+        kill_marked(TASK_MARK, life.id, sessions)  # the end of a container's process 1 is the end of all its processes
         for container in life.containers.values():
             container.drain(_DRAIN_SECONDS)
         for token in life.metadata_tokens:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from local.aws.processes import RUN_MARK, kill_marked
+from local.aws.processes import RUN_MARK, kill_marked, noted_sessions
 
 _PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,10 +21,11 @@ _PROJECT_ROOT = Path(__file__).resolve().parents[2]
 class Watchdog:
     """The running watchdog, seen from the local AWS."""
 
-    def __init__(self, run_id: str, directories: Sequence[Path]) -> None:
+    def __init__(self, run_id: str, sessions: Path, directories: Sequence[Path]) -> None:
+        """`sessions`: where each container's is noted."""
         read_end, self._write_end = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "local.aws.watchdog", run_id, *map(str, directories)],
+            [sys.executable, "-m", "local.aws.watchdog", run_id, *map(str, (sessions, *directories))],
             stdin=read_end,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -40,15 +41,15 @@ class Watchdog:
         self._process.wait()
 
 
-def main(run_id: str, *directories: str) -> None:
-    """Wait for the end of standard input, then kill what carries the run's mark, remove the directories."""
+def main(run_id: str, sessions: str, *directories: str) -> None:
+    """Wait for the end of standard input, then kill what is the run's, remove the directories."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         while os.read(sys.stdin.fileno(), 1024):
             pass
-    kill_marked(RUN_MARK, run_id)
-    for directory in directories:
+    kill_marked(RUN_MARK, run_id, noted_sessions(Path(sessions)))
+    for directory in (sessions, *directories):
         shutil.rmtree(directory, ignore_errors=True)
 
 

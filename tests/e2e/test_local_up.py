@@ -105,4 +105,4 @@ def read_key(up: kept.Kept, key_id: str, secret: str) -> str:
         keys = [
             client.get_secret_value(SecretId=one["ARN"]).get("SecretString") for one in name if "Key" in one["Name"]
         ]
-    return next(key for key in keys if key)
+    return str(next(key for key in keys if key))
