@@ -10,7 +10,7 @@ export SAM_CLI_TELEMETRY := 0
 export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: help setup demo test lint format types template-checks unit simulation simulate simulate-selftest load load-local bench
-.PHONY: contract e2e deploy environment-id lock clean
+.PHONY: contract dashboard-picture e2e deploy environment-id lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -86,6 +86,9 @@ load-local: setup  ## 200 sessions at once on the local AWS, 8 sandboxes at a ti
 
 bench: setup  ## measure beside the official SDK, and what it costs (under ten minutes; ARGS="--help" for options)
 	@$(BIN)/python -m bench $(ARGS)
+
+dashboard-picture: setup  ## draw docs/dashboard.png: a simulated day on the template's dashboard
+	$(BIN)/python -m tests.simulation.day docs/dashboard.png
 
 contract: setup  ## our parts against the official SDK, the emulator and the local AWS
 	$(BIN)/python -m pytest tests/contract -q $(PARALLEL)

@@ -39,6 +39,7 @@ from shared.sweeping import Janitor
 from shared.ticketing import Tickets
 from shared.wishes import PREFIX
 from shared.work_api import WorkApi
+from tests.simulation.cloudwatch import Measured
 from tests.simulation.fargate import Fargate, Task
 from tests.simulation.machine import Machine
 from tests.simulation.outside import (
@@ -140,6 +141,8 @@ class Fleet:
         self.functions = Lambda(self.machine)
         self.messages = LaunchMessages(self.machine, self.outside, self.functions)
         self.loops = Loops(self.machine, self.outside, self.functions)
+        self.measured = Measured()
+        self._measure()
         self.fargate = Fargate(
             self.machine,
             self.outside,
@@ -271,7 +274,7 @@ class Fleet:
         if isinstance(grant, int):
             return grant
         session = self.sessions[work_id]
-        quiet_since = machine.now
+        quiet_since, answered = machine.now, False
         while session.pending or machine.now - quiet_since < 10_000:
             if task.told_to_stop:
                 machine.sleep(rng.randint(0, 20_000))
@@ -292,6 +295,10 @@ class Fleet:
             if session.pending and rng.random() < 0.05:
                 self._ask_tool(session, "allow")
                 self._tell(session, "user.tool_result", "session.status_running")
+                if not answered:  # the runner's line, which a metric filter reads
+                    since_begin = (machine.now - int(attempt["FLEET_TURN"])) / 1000
+                    self.measured.add(machine.now, "FirstToolResultLatency", since_begin, resource="")
+                answered = True
                 session.pending -= 1
                 session.served += 1
                 quiet_since = machine.now
@@ -699,7 +706,33 @@ class Fleet:
             module.ThreadPoolExecutor = machine.pool  # type: ignore[attr-defined]
         shared.claiming.wait = machine.wait  # type: ignore[attr-defined,assignment]
         shared.wiring.now = now
-        shared.metrics.flush = shared.metrics._sink.clear_metrics
+        shared.metrics.flush = self._publish
+
+    def _publish(self) -> None:
+        """In place of EMF: what a handler has counted, at its end."""
+        for label, found in shared.metrics._sink.provider.metric_set.items():
+            for value in found["Value"]:
+                self.measured.add(self.machine.now, label, value)
+        shared.metrics._sink.clear_metrics()
+
+    def _measure(self) -> None:
+        """The services' own metrics, as far as an alarm or the dashboard looks at them."""
+
+        def add(namespace: str, metric: str, value: float, resource: str) -> None:
+            self.measured.add(self.machine.now, metric, value, namespace=namespace, resource=resource)
+
+        def of_call(kind: str) -> None:
+            if kind.startswith("store."):
+                units = "Write" if kind.startswith(("store.save", "store.raise")) else "Read"
+                add("AWS/DynamoDB", f"Consumed{units}CapacityUnits", 1, "WorkTable")
+
+        letters = "ApproximateNumberOfMessagesVisible"
+        self.outside.measure = of_call
+        self.functions.measure = lambda name, metric, value: add(
+            "AWS/Lambda", metric, value, f"{name.capitalize()}Function"
+        )
+        self.messages.measure = lambda count: add("AWS/SQS", letters, count, "LaunchDeadLetters")
+        self.loops.measure = lambda failed: add("AWS/States", "ExecutionsFailed", failed, "LeaseLoop")
 
 
 def _turn_of(task: Task) -> tuple[str, str]:

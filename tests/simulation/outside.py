@@ -73,6 +73,7 @@ class Outside:
     faults: Faults
     script: Callable[[str, str], str | None] = lambda who, kind: None  # named sequences decide here
     after: Callable[[str, str], None] = lambda who, kind: None  # and act here: done, but not yet answered
+    measure: Callable[[str], None] = lambda kind: None
 
     def call(
         self,
@@ -99,6 +100,7 @@ class Outside:
         if fault == "refuse" and refuse is not None:
             raise refuse()
         value = effect()
+        self.measure(kind)
         if fault == "twice":
             effect()
         self.after(who, kind)
@@ -343,15 +345,20 @@ class Lambda:
     timeouts: dict[str, int] = field(default_factory=dict)
     count: int = 0
     running: set[Process] = field(default_factory=set)
+    measure: Callable[[str, str, float], None] = lambda function, metric, value: None
 
     def start(self, function: str, event: Any, ended: Callable[[Any, Exception | None], None]) -> None:
         self.count += 1
         name, timeout_ms = f"{function}-{self.count}", self.timeouts[function]
         context = Context(self.machine, name, self.machine.now + timeout_ms)
         event = json.loads(json.dumps(event))
+        began = self.machine.now
+        self.measure(function, "Invocations", 1)
 
         def over(result: Any, error: BaseException | None) -> None:
             self.running.discard(process)
+            self.measure(function, "Duration", self.machine.now - began)
+            self.measure(function, "Errors", error is not None)
             if error is not None:
                 self.machine.note(name, f"failed: {type(error).__name__} {error}")
             ended(result, Crashed("Runtime.ExitError") if isinstance(error, Died) else error)  # type: ignore[arg-type]
@@ -387,6 +394,7 @@ class LaunchMessages:
     visibility_ms: int = 360_000
     messages: dict[str, dict[str, Any]] = field(default_factory=dict)
     dead: list[str] = field(default_factory=list)
+    measure: Callable[[int], None] = lambda letters: None
     busy: int = 0
     count: int = 0
 
@@ -394,6 +402,7 @@ class LaunchMessages:
         def put() -> None:
             if QueueUrl == "dead":
                 self.dead.append(MessageBody)
+                self.measure(len(self.dead))
                 return
             self.count += 1
             visible_from = self.machine.now + DelaySeconds * 1000
@@ -457,6 +466,7 @@ class Loops:
     executions: dict[str, str] = field(default_factory=dict)  # name: status
     definition: dict[str, Any] = field(default_factory=dict)
     waits: list[int] = field(default_factory=list)
+    measure: Callable[[bool], None] = lambda failed: None
 
     def __post_init__(self) -> None:
         text = LOOP.read_text().replace(": 850", f": {ROUNDS_PER_EXECUTION}")
@@ -489,6 +499,7 @@ class Loops:
 
         def ended(_: Any, error: BaseException | None) -> None:
             self.executions[name] = "FAILED" if error else "SUCCEEDED"
+            self.measure(error is not None)
             self.machine.note(name, f"loop ended: {self.executions[name]} {error or ''}")
 
         self.machine.spawn(name, lambda: self._interpret(state), ended=ended)
