@@ -9,12 +9,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 from shared.config import Config
 from shared.metrics import SERVICE
 
+ROOT = Path(__file__).resolve().parents[2]
 Name = tuple[str, str, str]
 FLEET = "fleet"  # what cloudformation.PSEUDO calls the stack
 
@@ -51,7 +53,7 @@ def of(statistic: str, values: list[float]) -> float:
 def template() -> dict[str, Any]:
     from tests.unit import cloudformation  # seconds to import, which most runs need not spend
 
-    return cloudformation.load(cloudformation.ROOT / "template.yaml")
+    return cloudformation.load(ROOT / "template.yaml")
 
 
 def alarms() -> dict[str, dict[str, Any]]:

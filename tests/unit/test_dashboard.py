@@ -1,5 +1,6 @@
 """Each widget of the dashboard shows a metric that code emits, or one that a service has of a resource of ours."""
 
+import tomllib
 from typing import Any
 
 import pytest
@@ -64,6 +65,21 @@ def test_every_formula_uses_the_ids_of_its_graph(graph: dict[str, Any]) -> None:
     ids = {metric[-1]["id"]: 1.0 for metric in shown(graph) if "id" in metric[-1]}
     for (formula,) in (metric for metric in graph["metrics"] if not isinstance(metric[0], str)):
         assert cloudwatch.evaluated(formula["expression"], ids) > 0
+
+
+def test_its_prices_are_those_of_the_price_list() -> None:
+    prices = tomllib.loads((cloudwatch.ROOT / "shared" / "prices.toml").read_text())
+    _, local = cloudwatch.template()["Resources"]["Dashboard"]["Properties"]["DashboardBody"]["Fn::Sub"]
+    told = {name: [float(one) for one in value["Fn::If"][1:]] for name, value in local.items() if name != "Stalled"}
+    fargate, functions = prices["fargate"], prices["lambda"]
+    assert told == {
+        "VcpuHour": [fargate["arm64"]["vcpu_hour"], fargate["x86_64"]["vcpu_hour"]],
+        "GbHour": [fargate["arm64"]["gb_hour"], fargate["x86_64"]["gb_hour"]],
+        "GbSecond": [functions["gb_second_arm64"], functions["gb_second_x86_64"]],
+    }
+    formulas = [m[0]["expression"] for g in GRAPHS.values() for m in g["metrics"] if not isinstance(m[0], str)]
+    assert any(f"+{prices['network']['public_ipv4_hour']})" in formula for formula in formulas)
+    assert any(f"*{functions['request']:.7f}" in formula for formula in formulas)
 
 
 def test_every_metric_is_on_the_dashboard() -> None:

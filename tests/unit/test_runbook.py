@@ -1,6 +1,7 @@
 """docs/metrics.md and docs/runbook.md say what the code emits and what the alarms watch: all of it, no more."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 METRICS = (ROOT / "docs" / "metrics.md").read_text()
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 SECTIONS = {part.split("\n", 1)[0]: part for part in RUNBOOK.split("\n## ")[1:]}
-METRIC_PRICE, ALARM_PRICE, DASHBOARD_PRICE, FREE = 0.30, 0.10, 3.00, 10  # AWS_FACTS, CloudWatch's price list
+PRICES = tomllib.loads((ROOT / "shared" / "prices.toml").read_text())
+METRIC_PRICE, ALARM_PRICE, DASHBOARD_PRICE = (
+    PRICES["cloudwatch"][f"{one}_month"] for one in ("metric", "alarm", "dashboard")
+)
+FREE = 10  # metrics, and alarms, of an account
 BUSY = {  # not zero in every hour of a stack that always has work and no trouble
     *(Metric.QUEUE_DEPTH, Metric.QUEUE_PENDING, Metric.OLDEST_QUEUED_AGE, Metric.WORKERS_POLLING),
     *(Metric.LIVE_SESSIONS, Metric.WAITING_SESSIONS, Metric.OLDEST_WAITING_AGE, Metric.OLDEST_PROGRESS_AGE),
