@@ -41,3 +41,9 @@ def child(arguments: Iterable[str | Path], environment: Mapping[str, str] | None
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:
     """Of each figure, the median over the runs."""
     return {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
+
+
+def side(name: str, arguments: Iterable[object], environment: Mapping[str, str]) -> dict[str, Any]:
+    """The answer of `bench/{name}.py`, isolated so that it finds only the packages that it puts on its path."""
+    start = f"import sys; sys.path.append({str(ROOT)!r}); from bench import {name}; {name}.main()"
+    return child(["-I", "-S", "-c", start, *map(str, arguments)], environment)

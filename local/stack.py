@@ -142,20 +142,21 @@ def started(time_scale: float, say: Callable[[str], None], runners: Mapping[str,
     webhook_key = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-fleet-")))
-        api_url = stack.enter_context(
-            _child(
-                [sys.executable, "-m", "local.work_api", "--port", "0", "--environment-id", ENVIRONMENT_ID],
-                "work api emulator ready on ",
-                printed,
-                ANTHROPIC_ENVIRONMENT_KEY=key,
-                ANTHROPIC_API_KEY=organisation_key,
-            )
-        )
+        api_url = stack.enter_context(work_api(key, organisation_key, printed))
         say(f"Work API emulator on {api_url}")
         images = {name: _sandbox_process(runner) for name, runner in runners.items()}
         aws_url = stack.enter_context(local_aws(folder, printed, time_scale, images))
         say(f"local AWS on {aws_url}")
         yield Stack(folder, api_url, aws_url, (key, organisation_key, webhook_key), printed)
+
+
+@contextlib.contextmanager
+def work_api(environment_key: str, organisation_key: str, printed: list[str]) -> Iterator[str]:
+    """An emulator of the Work API with one environment, `ENVIRONMENT_ID`; yields its address."""
+    argv = [sys.executable, "-m", "local.work_api", "--port", "0", "--environment-id", ENVIRONMENT_ID]
+    keys = {"ANTHROPIC_ENVIRONMENT_KEY": environment_key, "ANTHROPIC_API_KEY": organisation_key}
+    with _child(argv, "work api emulator ready on ", printed, **keys) as url:
+        yield url
 
 
 @contextlib.contextmanager

@@ -1,0 +1,47 @@
+"""The official SDK's side of a measurement, in a process of its own, used as its documentation has it.
+
+`measuring.side("peer", ...)` starts it; the last line printed is the answer.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from bench import as_lambda
+
+NO_HEARTBEAT = "NO_HEARTBEAT"
+
+
+def client() -> Any:
+    import anthropic  # noqa: PLC0415  found only once the path is set
+
+    return anthropic.AsyncAnthropic(auth_token=os.environ["ENVIRONMENT_KEY"], base_url=os.environ["FLEET_BASE_URL"])
+
+
+async def dispatch(longest_seconds: float) -> dict[str, Any]:
+    """Its poller, draining; each item's first heartbeat is a task of its own, so that it holds up no poll."""
+    environment_id, key = os.environ["FLEET_ENVIRONMENT_ID"], os.environ["ENVIRONMENT_KEY"]
+    async with client() as sdk:
+        work, beats = sdk.beta.environments.work, []
+        poller = work.poller(
+            environment_id=environment_id, environment_key=key, block_ms=None, drain=True, auto_stop=False
+        )
+        began, cpu = time.perf_counter(), time.process_time()
+        async for item in poller:
+            beat = work.heartbeat(item.id, environment_id=environment_id, expected_last_heartbeat=NO_HEARTBEAT)
+            beats.append(asyncio.create_task(beat))
+            if time.perf_counter() - began > longest_seconds:
+                break
+        replies = await asyncio.gather(*beats)
+        took, used = time.perf_counter() - began, time.process_time() - cpu
+    claimed = sum(reply.state == "active" for reply in replies)
+    return {"items": claimed, "seconds": took, "cpu_ms": used * 1000 / claimed, "peak_mb": as_lambda.peak_mb()}
+
+
+def main() -> None:
+    sys.path.insert(0, str(as_lambda.SDK_SITE))
+    what, *arguments = sys.argv[1:]
+    print(json.dumps(asyncio.run({"dispatch": dispatch}[what](*map(float, arguments)))))
