@@ -7,17 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import cold_start, report
+from bench import beats, cold_start, dispatch, report
 from bench.measuring import ChildFailed
 from local.stack import StackFailed
 
 RESULTS = Path(__file__).parent / "results"
-PARTS: dict[str, Callable[[Callable[[str], None]], dict[str, Any]]] = {"cold_start": cold_start.measure}
+PARTS: dict[str, Callable[[Callable[[str], None]], dict[str, Any]]] = {
+    "cold_start": cold_start.measure,
+    "dispatch": dispatch.measure,
+    "beats": beats.measure,
+}
 
 
 def line(results: dict[str, Any]) -> str:
     """The one line: every figure with a target; `-` for what was left out."""
-    figures = {"coldstart_ratio": ("cold_start", "coldstart_ratio")}
+    figures = {
+        "dispatch_ratio": ("dispatch", "dispatch_ratio"),
+        "memory_ratio": ("dispatch", "memory_ratio"),
+        "beat_ratio": ("beats", "beat_ratio"),
+        "coldstart_ratio": ("cold_start", "coldstart_ratio"),
+    }
     told = {name: results.get(part, {}).get(key, "-") for name, (part, key) in figures.items()}
     return "bench: " + " ".join(f"{name}={value}" for name, value in told.items())
 

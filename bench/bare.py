@@ -38,20 +38,37 @@ class Connection:
 
 
 async def dispatch() -> dict[str, Any]:
-    """Poll, ack and claim until the queue is empty."""
+    """Poll, ack and claim until the queue is empty; also gives the leases: work id and value."""
 
-    async def drain() -> int:
-        connection, items = await Connection().open(), 0
+    async def drain() -> list[list[str]]:
+        connection, leases = await Connection().open(), []
         while item := await connection.call("GET", "/poll"):
             await connection.call("POST", f"/{item['id']}/ack")
-            await connection.call("POST", f"/{item['id']}/heartbeat?expected_last_heartbeat=NO_HEARTBEAT")
-            items += 1
-        return items
+            beat = await connection.call("POST", f"/{item['id']}/heartbeat?expected_last_heartbeat=NO_HEARTBEAT")
+            leases.append([item["id"], beat["last_heartbeat"]])
+        return leases
 
     began = time.perf_counter()
-    items = sum(await asyncio.gather(*(drain() for _ in range(AT_ONCE))))
-    return {"items": items, "seconds": time.perf_counter() - began}
+    drained = await asyncio.gather(*(drain() for _ in range(AT_ONCE)))
+    leases = [lease for each in drained for lease in each]
+    return {"items": len(leases), "seconds": time.perf_counter() - began, "leases": leases}
+
+
+async def beats() -> dict[str, Any]:
+    """One round of heartbeats of all leases given on standard input."""
+    waiting: list[list[str]] = json.load(sys.stdin)
+    count, began = len(waiting), time.perf_counter()
+
+    async def work() -> None:
+        connection = await Connection().open()
+        while waiting:
+            work_id, value = waiting.pop()
+            await connection.call("POST", f"/{work_id}/heartbeat?expected_last_heartbeat={value}")
+
+    await asyncio.gather(*(work() for _ in range(AT_ONCE)))
+    took = time.perf_counter() - began
+    return {"runs": [{"beats": count, "seconds": took, "cpu_ms": 0.0}], "peak_mb": 0.0}
 
 
 def main() -> None:
-    print(json.dumps(asyncio.run({"dispatch": dispatch}[sys.argv[1]]())))
+    print(json.dumps(asyncio.run({"dispatch": dispatch, "beats": beats}[sys.argv[1]]())))

@@ -28,7 +28,12 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
                         emulator.queue(ITEMS)
                         own = local.fresh() if name == "ours" else {}
                         arguments = [_PEER_SECONDS] if name == "peer" else []
+                        before = far_sides.cpu_ms()
                         done = side(name, ["dispatch", *arguments], {**emulator.settings(), **own})
+                        done.pop("leases", None)
+                        after = far_sides.cpu_ms()
+                    for far in after:
+                        done[f"{far}_cpu_ms"] = (after[far] - before[far]) / done["items"]
                     done["items_per_s"] = done["items"] / done["seconds"]
                     each.append(done)
                     say(f"dispatch at {round_trip} ms, round {number + 1}: {name} {done['items_per_s']:.1f} items/s")

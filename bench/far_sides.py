@@ -4,6 +4,7 @@ import contextlib
 import json
 import secrets
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,16 +13,19 @@ from typing import Any
 
 import boto3
 import httpx
+import psutil
 import yaml
+from boto3.dynamodb.types import TypeSerializer
 
 from local.stack import ENVIRONMENT_ID, ROOT, local_aws, work_api
+from shared.config import SHARD
 
 KEY = f"sk-ant-oat01-{secrets.token_urlsafe(24)}"
 
 
 @dataclass(frozen=True)
 class Emulator:
-    """A running emulator; `round_trip_ms` is added to every call of the Work API."""
+    """A running emulator."""
 
     url: str
 
@@ -29,6 +33,12 @@ class Emulator:
         """Queue so many sessions; their work ids."""
         made = self.control("POST", "sessions", {"count": items})
         return [session["work_id"] for session in made["sessions"]]
+
+    def delay(self, round_trip_ms: int) -> None:
+        """From now on every call of the Work API takes so much longer."""
+        if round_trip_ms:
+            fault = {"kind": "delay", "call": "any", "times": None, "seconds": round_trip_ms / 1000}
+            self.control("POST", "faults", fault)
 
     def control(self, method: str, path: str, body: Any = None) -> Any:
         answer = httpx.request(method, f"{self.url}/_control/{path}", json=body, timeout=60)
@@ -44,9 +54,7 @@ def emulator(round_trip_ms: int) -> Iterator[Emulator]:
     """A fresh one in a process of its own."""
     with work_api(KEY, f"sk-ant-api03-{secrets.token_urlsafe(24)}", []) as url:
         started = Emulator(url)
-        if round_trip_ms:
-            delay = {"kind": "delay", "call": "any", "times": None, "seconds": round_trip_ms / 1000}
-            started.control("POST", "faults", delay)
+        started.delay(round_trip_ms)
         yield started
 
 
@@ -76,6 +84,20 @@ class Aws:
             "FLEET_MAX_SESSIONS": "10000",
         }
 
+    def live(self, name: str, leases: list[list[str]]) -> None:
+        """Put running turns with these leases, (work id, value) each, into a table; all are due."""
+        items: list[dict[str, Any]] = []
+        now = int(time.time() * 1000)
+        for work_id, value in leases:
+            record = {"shard": SHARD, "work_id": work_id, "phase": "running", "turn": now, "attempt": 1}
+            lease = {"work_id": work_id, "turn": now, "value": value, "ttl_seconds": 300, "due_at": 0}
+            lease["accepted_sent_at"] = now
+            items += [{"pk": work_id, "sk": "record", **record}, {"pk": work_id, "sk": "lease", **lease}]
+        typed, client = TypeSerializer().serialize, self.client("dynamodb")
+        puts = [{"PutRequest": {"Item": {key: typed(value) for key, value in item.items()}}} for item in items]
+        for start in range(0, len(puts), 25):
+            client.batch_write_item(RequestItems={name: puts[start : start + 25]})
+
 
 _WAITING_LOOP = json.dumps({"StartAt": "Wait", "States": {"Wait": {"Type": "Wait", "Seconds": 86_400, "End": True}}})
 
@@ -94,6 +116,17 @@ def table() -> dict[str, Any]:
     properties = template["Resources"]["WorkTable"]["Properties"]
     wanted = ("BillingMode", "AttributeDefinitions", "KeySchema", "GlobalSecondaryIndexes")
     return {name: properties[name] for name in wanted}
+
+
+def cpu_ms() -> dict[str, float]:
+    """The CPU time that the running far sides have used so far."""
+    used = {"emulator": 0.0, "local_aws": 0.0}
+    for process in psutil.Process().children():
+        words = process.cmdline()
+        for name, module in (("emulator", "local.work_api"), ("local_aws", "local.aws")):
+            if module in words:
+                used[name] += sum(process.cpu_times()[:4]) * 1000  # its children too
+    return used
 
 
 @contextlib.contextmanager

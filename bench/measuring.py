@@ -18,13 +18,16 @@ class ChildFailed(Exception):
     """A measured process did not answer; the message holds its last lines."""
 
 
-def child(arguments: Iterable[str | Path], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run Python with these arguments; the last line that it prints is its answer. Raises ChildFailed."""
+def child(
+    arguments: Iterable[str | Path], environment: Mapping[str, str] | None = None, given: object = None
+) -> dict[str, Any]:
+    """Run Python with `given` as JSON on its input; the last line that it prints is its answer. Raises ChildFailed."""
     argv = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
         argv,
         cwd=ROOT,
         env={"PATH": os.environ["PATH"], **AWS, **(environment or {})},
+        input=json.dumps(given),
         capture_output=True,
         text=True,
         timeout=_LONGEST_SECONDS,
@@ -43,7 +46,9 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
     return {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
 
 
-def side(name: str, arguments: Iterable[object], environment: Mapping[str, str]) -> dict[str, Any]:
+def side(
+    name: str, arguments: Iterable[object], environment: Mapping[str, str], given: object = None
+) -> dict[str, Any]:
     """The answer of `bench/{name}.py`, isolated so that it finds only the packages that it puts on its path."""
     start = f"import sys; sys.path.append({str(ROOT)!r}); from bench import {name}; {name}.main()"
-    return child(["-I", "-S", "-c", start, *map(str, arguments)], environment)
+    return child(["-I", "-S", "-c", start, *map(str, arguments)], environment, given)

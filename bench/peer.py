@@ -41,7 +41,33 @@ async def dispatch(longest_seconds: float) -> dict[str, Any]:
     return {"items": claimed, "seconds": took, "cpu_ms": used * 1000 / claimed, "peak_mb": as_lambda.peak_mb()}
 
 
+async def beats(rounds: float) -> dict[str, Any]:
+    """Rounds of heartbeats of all leases given on standard input, 50 at once."""
+    environment_id = os.environ["FLEET_ENVIRONMENT_ID"]
+    leases: dict[str, str] = dict(json.load(sys.stdin))
+    at_once, runs = asyncio.Semaphore(50), []
+    async with client() as sdk:
+        work = sdk.beta.environments.work
+
+        async def beat(work_id: str) -> None:
+            async with at_once:
+                reply = await work.heartbeat(
+                    work_id,
+                    environment_id=environment_id,
+                    expected_last_heartbeat=leases[work_id],
+                    desired_ttl_seconds=300,
+                )
+            leases[work_id] = reply.last_heartbeat
+
+        for _ in range(int(rounds)):
+            began, cpu = time.perf_counter(), time.process_time()
+            await asyncio.gather(*(beat(work_id) for work_id in leases))
+            took, used = time.perf_counter() - began, time.process_time() - cpu
+            runs.append({"beats": len(leases), "seconds": took, "cpu_ms": used * 1000 / len(leases)})
+    return {"runs": runs, "peak_mb": as_lambda.peak_mb()}
+
+
 def main() -> None:
     sys.path.insert(0, str(as_lambda.SDK_SITE))
     what, *arguments = sys.argv[1:]
-    print(json.dumps(asyncio.run({"dispatch": dispatch}[what](*map(float, arguments)))))
+    print(json.dumps(asyncio.run({"dispatch": dispatch, "beats": beats}[what](*map(float, arguments)))))

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from threading import Lock
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Event, Lock
 
 from shared import breaker, lifecycle
 from shared.config import SHARD, Config
@@ -31,6 +31,7 @@ from shared.work_api import (
 LONGEST_BLOCK_MS = 999
 AT_ONCE = 8  # about 20 polls a second at 30 ms a call, all that 1,200 reads a minute allow (W§11.1)
 _CLAIM_TRIES = 3
+_LOOP_SEEN_MS = 2_000
 _RESEND_AFTER_MS = 120_000
 _TAKES_MS = 30_000  # what is begun later could outlive the run
 
@@ -47,6 +48,7 @@ class Claimer:
     loop: LeaseLoop
     now: Callable[[], int]  # epoch milliseconds
     sleep: Callable[[float], None] = time.sleep
+    _loop_seen_at: int = field(default=0, init=False)
 
     def run(self, owner: str, until: int) -> int:
         """Repair, then poll for `PollWindowSeconds` (0: until the queue is empty); returns how many are now held.
@@ -56,7 +58,7 @@ class Claimer:
         self.key()  # an absent key is reported before anything is done
         entries = self.store.live(SHARD)
         if entries:
-            self.loop.ensure(SHARD)
+            self._ensure_loop()
         repaired = self.repair_stuck(entries, owner, until)
         gate = self.store.breaker()
         self._probe(gate, entries)
@@ -64,8 +66,9 @@ class Claimer:
             log.info("paused by hand: nothing new is claimed", live=len(entries), drained=not entries)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             slots = _Slots(breaker.slots(gate, entries, max(0, self.config.max_sessions - len(entries))))
-            end = self.now() + self.config.poll_window_seconds * 1000
-            return repaired + self._poll_until(pool, slots, owner, min(end, until - _TAKES_MS), until)
+            window_ms = self.config.poll_window_seconds * 1000
+            last = min(self.now() + window_ms, until - _TAKES_MS) if window_ms else until - _TAKES_MS
+            return repaired + self._poll_until(pool, slots, owner, last, until)
 
     def _probe(self, gate: Breaker, entries: list[LiveEntry]) -> None:
         """While the circuit breaker is open, the one launch a minute that shows whether its cause is mended."""
@@ -83,32 +86,41 @@ class Claimer:
         self.queue.send(record)
         log.info("probing whether launches work again", **log_fields(record))
 
-    def _poll_until(self, pool: ThreadPoolExecutor, slots: "_Slots", owner: str, end: int, until: int) -> int:
-        """One long poll at a time while idle; many at once from the first item to the first empty answer."""
+    def _poll_until(self, pool: ThreadPoolExecutor, slots: "_Slots", owner: str, last: int, until: int) -> int:
+        """One long poll at a time while idle; from the first item to the first empty answer many at once."""
         claimed = 0
-        at_once = 1
-        block_ms = LONGEST_BLOCK_MS if self.config.poll_window_seconds else None
+        window = self.config.poll_window_seconds
         while True:
-            wanted = slots.take(at_once)
-            if not wanted:
+            if not slots.take():
                 log.info("no slot is free; work waits in the server's queue", count=self.config.max_sessions)
                 return claimed
-            tries = [pool.submit(self._poll_once, block_ms, owner, until) for _ in range(wanted)]
-            wait(tries)
-            found = [one.result() for one in tries]
-            slots.give_back(found.count(None) + found.count(False))
-            claimed += found.count(True)
-            idle = None in found
-            if idle and not self.config.poll_window_seconds:
+            work = self._poll(LONGEST_BLOCK_MS if window else None)
+            if work is not None:
+                empty = Event()
+                first = pool.submit(self._serve, work, slots, owner, until)
+                others = [pool.submit(self._drain, slots, empty, owner, last, until) for _ in range(AT_ONCE - 1)]
+                claimed += first.result() + sum(other.result() for other in others)
+            else:
+                slots.give_back()
+            if self.now() >= last or (not window and (work is None or empty.is_set())):
                 return claimed
-            if self.now() >= end and (idle or self.config.poll_window_seconds or self.now() >= until - _TAKES_MS):
-                return claimed
-            at_once = 1 if idle else AT_ONCE
 
-    def _poll_once(self, block_ms: int | None, owner: str, until: int) -> bool | None:
-        """None: the queue is empty (or the API busy); else whether the item is now held."""
+    def _drain(self, slots: "_Slots", empty: Event, owner: str, last: int, until: int) -> int:
+        """Poll and claim, beside others, until the queue is empty; returns how many are now held."""
+        held = 0
+        while not empty.is_set() and self.now() < last and slots.take():
+            work = self._poll(None)
+            if work is None:
+                empty.set()
+                slots.give_back()
+            else:
+                held += self._serve(work, slots, owner, until)
+        return held
+
+    def _poll(self, block_ms: int | None) -> Work | None:
+        """None: the queue is empty, or the API busy."""
         try:
-            work = self.api.poll(block_ms=block_ms)
+            return self.api.poll(block_ms=block_ms)
         except NotAllowed:
             self.key.forget()
             emit(Metric.KEY_REFUSED)
@@ -117,9 +129,13 @@ class Claimer:
             log.warning("poll failed; the next run tries again", error=error.message)
             self.sleep(min(error.wait_seconds or 1.0, 5.0))
             return None
-        if work is None:
-            return None
-        return self._safely(work.id, lambda: self._take(work, owner, until))
+
+    def _serve(self, work: Work, slots: "_Slots", owner: str, until: int) -> bool:
+        """Whether the item is now held; if not, its slot is free again."""
+        held = self._safely(work.id, lambda: self._take(work, owner, until))
+        if not held:
+            slots.give_back()
+        return held
 
     def _safely(self, work_id: str, step: Callable[[], bool]) -> bool:
         """One item's fault holds up no other; what it left is repaired by the next run."""
@@ -160,9 +176,15 @@ class Claimer:
                 fresh = lifecycle.open_turn(record, work, now=self.now(), owner=owner, until=until, shard=SHARD)
                 saved = self.store.save(fresh)
                 log.info("received", **log_fields(saved))
-                self.loop.ensure(SHARD)
+                self._ensure_loop()
                 return self.claim(saved, repair=False)
         return False
+
+    def _ensure_loop(self) -> None:
+        """After a record was made live. A burst looks but once: a loop that runs goes on for three empty rounds."""
+        if self.now() - self._loop_seen_at > _LOOP_SEEN_MS:
+            self.loop.ensure(SHARD)
+            self._loop_seen_at = self.now()
 
     def repair_stuck(self, entries: list[LiveEntry], owner: str, until: int) -> int:
         """Repair every entry in `received` or `held` that time allows; returns how many go on. Poller and janitor.
@@ -290,12 +312,14 @@ class _Slots:
     def __init__(self, free: int) -> None:
         self._free, self._lock = free, Lock()
 
-    def take(self, wanted: int) -> int:
+    def take(self) -> bool:
+        """One of them, if there is any."""
         with self._lock:
-            taken = min(wanted, self._free)
-            self._free -= taken
-            return taken
+            if not self._free:
+                return False
+            self._free -= 1
+            return True
 
-    def give_back(self, unused: int) -> None:
+    def give_back(self) -> None:
         with self._lock:
-            self._free += unused
+            self._free += 1

@@ -81,10 +81,11 @@ class Keeper:
         ]
         kept = [pair for pair in mine if not pair[1].over]
         due = [pair for pair in kept if pair[1].due_at <= now + _DUE_SLACK_MS]
-        answers = self._beat_all(due)
+        answers, wishes = self._beat_all(due)
         if None in answers:  # a round of few would tell too little: those that are due later are asked as well
             others = [pair for pair in kept if pair[1].due_at > now + _DUE_SLACK_MS]
-            due, answers = due + others, answers + self._beat_all(others)
+            more, more_wishes = self._beat_all(others)
+            due, answers, wishes = due + others, answers + more, wishes + more_wishes
         _count(due, answers)
         beaten = {entry.work_id for entry, _ in due}
         gone = sum(answer is None for answer in answers)
@@ -92,11 +93,12 @@ class Keeper:
         if doubted:
             emit(Metric.MOST_ITEMS_GONE)
             log.error("most work items answer 404: check base URL and environment id", count=gone, live=len(entries))
-        result = _Kept([lease.due_at for entry, lease in kept if entry.work_id not in beaten], 0)
+        result = _Kept([lease.due_at for entry, lease in kept if entry.work_id not in beaten], wishes)
         for (_, lease), answered in zip(due, answers, strict=True):
             after_404 = lifecycle.after_no_answer(lease, now, None) if doubted else lifecycle.item_gone(lease)
             answer = answered or after_404
-            result.wishes += self._apply(lease, answer)
+            if answered is None:
+                result.wishes += self._apply(lease, answer)
             if not answer.lease.over:
                 result.due.append(answer.lease.due_at)
         for entry, lease in mine:
@@ -104,9 +106,16 @@ class Keeper:
                 result.wishes += self._wish(lease, BeatResult(lease, _WISH_OF_OVER[lease.over]))
         return result
 
-    def _beat_all(self, pairs: list[tuple[LiveEntry, Lease]]) -> list[BeatResult | None]:
+    def _beat_all(self, pairs: list[tuple[LiveEntry, Lease]]) -> tuple[list[BeatResult | None], int]:
+        """The answers, each stored at once by the thread that got it, and how many stops they made wanted."""
+
+        def keep(pair: tuple[LiveEntry, Lease]) -> tuple[BeatResult | None, int]:
+            answer = self.beat(pair[1])
+            return answer, self._apply(pair[1], answer) if answer else 0
+
         with ThreadPoolExecutor(BEATS_AT_ONCE) as pool:
-            return list(pool.map(lambda pair: self.beat(pair[1]), pairs))
+            kept = list(pool.map(keep, pairs))
+        return [answer for answer, _ in kept], sum(wishes for _, wishes in kept)
 
     def beat(self, lease: Lease) -> BeatResult | None:
         """One echo; None for a 404, which is judged over the whole round."""

@@ -131,6 +131,8 @@ class Stopper:
             return False
         if lifecycle.posts_now(record):
             record = self._post(record) or self.store.get(record.work_id) or record
+            if record.phase is not Phase.STOPPING:  # its container died meanwhile, and the next attempt goes on
+                return False
         if not record.dead:
             after = self._kill(record, tasks)
             if after is None or not after.dead:

@@ -121,9 +121,9 @@ class WorkQueue:
 
     def get(self, work_id: str) -> Item:
         """Raises Refusal 404 for an unknown id."""
-        self._settle()
         if work_id not in self._items:
             raise not_found(f"Work item {work_id}")
+        self._settle(self._items[work_id])
         return self._items[work_id]
 
     def of_session(self, session_id: str) -> Item:
@@ -290,8 +290,9 @@ class WorkQueue:
         self.heartbeat(work_id, NO_HEARTBEAT)
         return item
 
-    def _settle(self, *, polled: bool = False) -> None:
-        for item in self._items.values():
+    def _settle(self, only: Item | None = None, *, polled: bool = False) -> None:
+        """All of them, or only the one that is asked for: with thousands a look at all at each call would take long."""
+        for item in (only,) if only else self._items.values():
             if item.state == "stopped" and item.message_waits:
                 self._queue_again(item)
             if polled or self.switches.expiry == "read":
@@ -299,6 +300,8 @@ class WorkQueue:
 
     def _settle_item(self, item: Item) -> None:
         """What the passing of time makes of an item that nobody beats (W§6.4)."""
+        if item.state in ("queued", "stopped"):
+            return
         now, beat, acked = self._now(), item.latest_heartbeat_at, item.acknowledged_at
         ttl = timedelta(seconds=item.ttl_seconds)
         if item.state == "active" and beat and now > beat + ttl:

@@ -704,7 +704,6 @@ class Fleet:
         functions.timeouts.update(TIMEOUTS_MS)
         for module in (shared.claiming, shared.keeping, shared.stopping):
             module.ThreadPoolExecutor = machine.pool  # type: ignore[attr-defined]
-        shared.claiming.wait = machine.wait  # type: ignore[attr-defined,assignment]
         shared.wiring.now = now
         shared.metrics.flush = self._publish
 

@@ -131,7 +131,7 @@ class WatchedQueue(WorkQueue):
         key = (item.id, item.started_at)
         return self.held_by.get(key) or self.acked_by.get(key)
 
-    def _settle(self, *, polled: bool = False) -> None:
+    def _settle(self, only: Item | None = None, *, polled: bool = False) -> None:
         if self._now() - self._settled_at >= self.settle_every:
             self._settled_at = self._now()
             super()._settle(polled=polled)
