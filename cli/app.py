@@ -161,10 +161,10 @@ def explain(error: Exception) -> str:
     return f"Not read: {type(error).__name__}. Is the stack of the same version as this command?"
 
 
-def main() -> None:
-    """The console script. No error reaches the operator as a traceback."""
+def main(arguments: list[str] | None = None) -> None:
+    """The console script; ends by SystemExit. No error reaches the operator as a traceback."""
     try:
-        app(global_options_first(sys.argv[1:]), prog_name="fleet")
+        app(global_options_first(sys.argv[1:] if arguments is None else arguments), prog_name="fleet")
     except Failure as failure:
         note(str(failure))
         sys.exit(failure.code)

@@ -210,17 +210,23 @@ def redrive(
         say("No dead letters.")
         return
     again = [letter for letter in letters if letter["verdict"] == "waits"]
+    lost = [letter for letter in letters if letter["verdict"] != "waits"] if drop else []
     if not fleet.json:
         rows = [(letter["sent"], letter["verdict"], letter["why"], letter["body"]) for letter in letters]
         print_table(("SENT", "VERDICT", "WHY", "BODY"), rows)
-    lost = [letter for letter in letters if letter["verdict"] != "waits"] if drop else []
-    if again or lost:
-        confirm(f"Send {len(again)} again and delete {len(lost)}?", yes=yes)
-    sqs, dead = fleet.client("sqs"), fleet.output("DlqUrl")
-    for letter in again:
-        sqs.send_message(QueueUrl=fleet.output("QueueUrl"), MessageBody=letter["message"])
-    for letter in (*again, *lost):
-        sqs.delete_message(QueueUrl=dead, ReceiptHandle=letter["receipt"])
+    sqs, dead, gone = fleet.client("sqs"), fleet.output("DlqUrl"), set[str]()
+    try:
+        if again or lost:
+            confirm(f"Send {len(again)} again and delete {len(lost)}?", yes=yes)
+        for letter in again:
+            sqs.send_message(QueueUrl=fleet.output("QueueUrl"), MessageBody=letter["message"])
+        for letter in (*again, *lost):
+            sqs.delete_message(QueueUrl=dead, ReceiptHandle=letter["receipt"])
+            gone.add(letter["receipt"])
+    finally:  # what stays is to be seen by the next look
+        for letter in letters:
+            if letter["receipt"] not in gone:
+                sqs.change_message_visibility(QueueUrl=dead, ReceiptHandle=letter["receipt"], VisibilityTimeout=0)
     shown = [{name: letter[name] for name in ("sent", "verdict", "why", "body")} for letter in letters]
     if fleet.json:
         print_json(shown)

@@ -66,7 +66,7 @@ def doctor(ctx: typer.Context) -> None:
 def _print(line: Line) -> None:
     style = {OK: "green", WARNING: "yellow", FAILED: "bold red"}.get(line.status, "dim")
     out.print(f"{line.status:11}", style=style, end="  ")
-    say(f"{line.what:14}{line.found}")
+    say(f"{line.what:15}{line.found}")
     if line.mend:
         say(f"{'':13}-> {line.mend}")
 
@@ -84,9 +84,9 @@ def guarded(fleet: Fleet, name: str, check: Check) -> Iterator[Line]:
     except (ClientError, BotoCoreError) as error:
         code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else type(error).__name__
         if fleet.is_local:
-            yield Line(NOT_CHECKED, name, f"not checked: the local AWS has no such thing ({code})")
+            yield Line(NOT_CHECKED, name, "the local AWS has no such thing")
         elif code in _DENIED and isinstance(error, ClientError):
-            yield Line(NOT_CHECKED, name, f"not checked: you may not call {error.operation_name}", "See docs/cli.md.")
+            yield Line(NOT_CHECKED, name, f"you may not call {error.operation_name}", "See docs/cli.md.")
         else:
             yield Line(
                 FAILED, name, f"AWS did not answer as it should ({code})", "Repeat it; look at your credentials."
@@ -196,7 +196,7 @@ def _image(fleet: Fleet) -> Iterator[Line]:
     image = str(told["taskDefinition"]["containerDefinitions"][0]["image"])
     parts = _ECR_IMAGE.fullmatch(image)
     if parts is None:
-        yield Line(NOT_CHECKED, "image", f"not checked: {image} is in no ECR")
+        yield Line(NOT_CHECKED, "image", f"{image} is in no ECR")
         return
     account, _, repository, digest, tag = parts.groups()
     named = {"imageDigest": digest} if digest else {"imageTag": tag}
@@ -296,6 +296,8 @@ def _alarms(fleet: Fleet) -> Iterator[Line]:
         yield Line(FAILED, "alarm", str(alarm["AlarmName"]), str(alarm.get("AlarmDescription", "")))
     if len(told) < len(names):
         yield Line(FAILED, "alarms", f"{len(names) - len(told)} of {len(names)} are gone", "Deploy again.")
+    elif all(alarm["StateValue"] == "INSUFFICIENT_DATA" for alarm in told):
+        yield Line(NOT_CHECKED, "alarms", f"none of the {len(told)} has been evaluated yet")
     elif not on:
         yield Line(OK, "alarms", f"none of {len(told)} is on")
 
@@ -311,7 +313,7 @@ def _clocks(fleet: Fleet) -> Iterator[Line]:
         yield Line(WARNING, "clocks", f"the API was not reached from here ({type(error).__name__})")
         return
     if aws is None or api is None:
-        yield Line(NOT_CHECKED, "clocks", "not checked: a reply had no date")
+        yield Line(NOT_CHECKED, "clocks", "a reply had no date")
         return
     skews = {"this machine": here - aws, "the API": api - time.time() + here - aws}
     worst = max(abs(skew) for skew in skews.values())

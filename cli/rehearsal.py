@@ -1,12 +1,14 @@
 """A janitor's round that changes nothing: the real Janitor between parts that note what they would do."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from cli.stack import Fleet
 from shared import wiring
 from shared.claiming import Claimer
+from shared.config import Config
 from shared.launch_queue import LaunchQueue
 from shared.log import log
 from shared.loop import LeaseLoop
@@ -14,6 +16,7 @@ from shared.observing import Observer
 from shared.record import Record
 from shared.sandboxes import Sandboxes
 from shared.store import Store
+from shared.stored_key import StoredKey
 from shared.sweeping import Janitor
 from shared.work_api import TryAgain, Work, WorkApi
 
@@ -34,11 +37,25 @@ class Plan:
 
 def plan(fleet: Fleet) -> Plan:
     """Play a round on what is there now."""
-    made, config = Plan(), fleet.config
-    store: Any = _Store(fleet.store, made)
-    api: Any = _Api(fleet.api, made)
-    queue, loop = _Queue(made), _Loop(fleet, made)
-    sandboxes = _Sandboxes(wiring.sandboxes(config), made)
+    parts = fleet.config, fleet.store, fleet.api, fleet.key, wiring.sandboxes(fleet.config)
+    return rehearse(*parts, loop_runs=lambda: loop_runs(fleet), now=wiring.now)
+
+
+def rehearse(
+    config: Config,
+    real_store: Store,
+    real_api: WorkApi,
+    key: StoredKey,
+    real_sandboxes: Sandboxes,
+    *,
+    loop_runs: Callable[[], bool],
+    now: Callable[[], int],
+) -> Plan:
+    """As `plan`, of these parts; none of them is changed."""
+    made = Plan()
+    store: Any = _Store(real_store, made)
+    api: Any = _Api(real_api, made)
+    queue, loop, sandboxes = _Queue(made), _Loop(loop_runs, made), _Sandboxes(real_sandboxes, made)
 
     def wake(work_id: str) -> None:
         made.would(f"wake the stopper for {work_id}")
@@ -46,9 +63,9 @@ def plan(fleet: Fleet) -> Plan:
     ear = _Ear(made)
     log.addHandler(ear)
     try:
-        claimer = Claimer(config, api, fleet.key, store, queue, loop, wiring.now, lambda _: None)
-        observer = Observer(config, store, queue, wake, wiring.now)
-        Janitor(config, api, store, sandboxes, claimer, observer, wake, wiring.now).sweep(wiring.now() + _ROUND_MS)
+        claimer = Claimer(config, api, key, store, queue, loop, now, lambda _: None)
+        observer = Observer(config, store, queue, wake, now)
+        Janitor(config, api, store, sandboxes, claimer, observer, wake, now).sweep(now() + _ROUND_MS)
     finally:
         log.handlers.remove(ear)
     return made
@@ -123,11 +140,11 @@ class _Queue(LaunchQueue):
 
 
 class _Loop(LeaseLoop):
-    def __init__(self, fleet: Fleet, made: Plan) -> None:
-        self._fleet, self._made = fleet, made
+    def __init__(self, runs: Callable[[], bool], made: Plan) -> None:
+        self._is_on, self._made = runs, made
 
     def ensure(self, shard: str) -> None:  # noqa: ARG002  the loop's own form
-        if not loop_runs(self._fleet):
+        if not self._is_on():
             self._made.would("start the lease loop")
 
 

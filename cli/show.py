@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.live import Live
 
 from cli.stack import Fleet
-from cli.terminal import clock, note, out, print_json, print_json_line, print_table, say, span, table
+from cli.terminal import clock, note, out, print_json, print_json_line, print_row, print_table, say, span, table
 from shared import wiring
 from shared.config import SHARD
 from shared.diagnose import advice, diagnose
@@ -35,6 +35,9 @@ _EXITS = {
     FINISHED: "the turn is finished",
     UNSERVED: "finished, but a message slipped in",
     NOT_STOPPED: "finished, but its item could not be stopped",
+    1: "it crashed",
+    10: "ended by SIGTERM before its turn was over",
+    13: "the tickets function gave no usable answer",
     137: "killed: out of memory, or its stop timeout ran out",
     143: "ended by SIGTERM",
 }
@@ -120,8 +123,7 @@ def watch(ctx: typer.Context) -> None:
             if fleet.json:
                 print_json_line(as_json(record, None))
             else:
-                say("\t".join((clock(wiring.now()), *row(record, None, wiring.now()))))
-        out.file.flush()
+                print_row((clock(wiring.now()), *row(record, None, wiring.now())))
         time.sleep(REFRESH_SECONDS)
 
 
@@ -249,7 +251,7 @@ def _ended(record: Record, task: Mapping[str, Any] | None) -> _Told:
     if record.reason:
         state += f": {record.reason}"
     if record.exit_code is not None:
-        state += f" (exit code {record.exit_code}: {_EXITS.get(record.exit_code, 'the sandbox crashed')})"
+        state += f" (exit code {record.exit_code}: {_EXITS.get(record.exit_code, 'it crashed')})"
     if task is not None and task.get("lastStatus") == "STOPPED":
         found = diagnose(task)
         state += f"; ECS: {found.summary}, {found.detail}"

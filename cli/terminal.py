@@ -63,8 +63,10 @@ def print_json_line(value: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """For a terminal; `print_table` also serves pipes."""
-    made = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    """For a terminal; `print_table` also serves pipes. The first column, an id to be copied, is never cut."""
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(column, min_width=max((len(row[0]) for row in rows), default=0) if number == 0 else None)
     for row in rows:
         made.add_row(*row)
     return made
@@ -76,7 +78,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         out.print(table(columns, rows))
         return
     for row in (columns, *rows):
-        sys.stdout.write("\t".join(" ".join(cell.split()) for cell in row) + "\n")
+        print_row(row)
+
+
+def print_row(cells: Sequence[str]) -> None:
+    """A line of a table in a pipe, at once."""
+    sys.stdout.write("\t".join(" ".join(cell.split()) for cell in cells) + "\n")
+    sys.stdout.flush()
 
 
 def span(ms: float) -> str:

@@ -1,15 +1,17 @@
 """What `fleet` says and how it takes its words; what it does to a stack is tests/e2e's."""
 
+import io
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError, NoCredentialsError, NoRegionError
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cli import app as fleet
-from cli.terminal import span
+from cli.terminal import span, table
 
 
 def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -75,6 +77,13 @@ def test_an_error_is_one_line_that_says_what_to_do(error: Exception, told: str) 
 def test_a_length_of_time_is_short() -> None:
     lengths = [span(ms) for ms in (-5, 1_400, 119_000, 125_000, 7_300_000, 200_000_000)]
     assert lengths == ["0 s", "1 s", "119 s", "2 min", "2 h 1 min", "2 d 7 h"]
+
+
+def test_an_id_is_never_cut_in_a_narrow_terminal() -> None:
+    console = Console(width=60, file=io.StringIO())
+    console.print(table(("ID", "WHAT"), [("sesn_" + "a" * 32, "a reason that is long " * 3)]))
+    assert isinstance(console.file, io.StringIO)
+    assert "sesn_" + "a" * 32 in console.file.getvalue()
 
 
 def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
