@@ -64,6 +64,17 @@ def _stop_without_an_echo(stack: ExitStack) -> None:
     stack.enter_context(patch.object(Stopper, "_post", post))
 
 
+def _operator_stops_what_is_being_claimed(stack: ExitStack) -> None:
+    real = lifecycle.operator_stop
+
+    def always(record: Record, now: int, *, force: bool) -> Record | None:
+        if record.phase is Phase.RECEIVED:
+            return lifecycle.want_stop(record, lifecycle.OPERATOR_STOP, now)
+        return real(record, now, force=force)
+
+    stack.enter_context(patch.object(lifecycle, "operator_stop", always))
+
+
 def _no_client_token(stack: ExitStack) -> None:
     real = Sandboxes.run
 
