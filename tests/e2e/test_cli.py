@@ -93,6 +93,10 @@ class Operator:
         record = self.record(work_id)
         return str(record.outcome) if record else ""
 
+    def logged(self, group: str, text: str) -> bool:
+        events = self.stack.client("logs").filter_log_events(logGroupName=group)["events"]
+        return any(text in event["message"] for event in events)
+
     def api_state(self, work_id: str) -> str:
         items = self._http.get("state").json()["work"]
         return str(next(item["state"] for item in items if item["id"] == work_id))
@@ -154,8 +158,12 @@ def test_a_running_session_is_listed_and_shown_with_its_timeline(operator: Opera
 
 
 def test_its_log_lines_come_from_functions_and_sandbox_in_the_order_of_time(operator: Operator, busy: str) -> None:
-    lines = operator.json("logs", busy)
-    assert {"poller", "launcher", "sandbox"} <= {line["source"] for line in lines}
+
+    def told() -> list[dict[str, Any]] | None:
+        lines: list[dict[str, Any]] = operator.json("logs", busy)
+        return lines if {"poller", "launcher", "sandbox"} <= {line["source"] for line in lines} else None
+
+    lines = eventually(told)
     assert [line["at"] for line in lines] == sorted(line["at"] for line in lines)
     assert all(busy in json.dumps(line["fields"]) for line in lines)
 
@@ -218,6 +226,7 @@ def test_a_session_retried_then_stopped_by_force_then_retried_again(operator: Op
 
 def test_paused_nothing_new_is_claimed_and_drained_nothing_runs(operator: Operator, busy: str) -> None:
     operator.run("pause")
+    eventually(lambda: operator.logged("/sandbox-fleet/poller", "paused by hand"))  # no earlier run is left
     waiting = operator.session([bash("echo 1", "1")])
     assert operator.run("drain", "--wait", "--timeout", "1", code=5) == ""
     assert operator.json("drain")["live"] == [busy]
@@ -248,5 +257,5 @@ def test_a_repair_shows_what_it_would_do_and_does_it_when_told(operator: Operato
         states.stop_execution(executionArn=execution["executionArn"])
     plan = operator.json("repair", "--yes")
     assert plan["steps"] in (["start the lease loop"], []), "the poller may have been first"
-    assert states.list_executions(stateMachineArn=machine, statusFilter="RUNNING")["executions"]
+    eventually(lambda: states.list_executions(stateMachineArn=machine, statusFilter="RUNNING")["executions"])
     operator.run("stop", work_id, "--yes")
