@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import signal
 import sys
@@ -29,6 +30,7 @@ PARAMETERS = {
     "MaxIdleSeconds": "1",
     "StopTimeoutSeconds": "20",
     "PollWindowSeconds": "0",
+    "Outputs": "on",
     "SizeClasses": "small:cpu=512:memory=1024:disk=30:image=2",
     "SandboxImage2": "sandbox:second",
 }
@@ -44,6 +46,8 @@ def bash(command: str, expect: str) -> dict[str, Any]:
 
 QUICK = [bash("echo result-$((6*7))", "result-42")]
 LONG = [bash("sleep 60", "")]
+REPORT = [bash("mkdir outputs/charts; echo 42 > outputs/charts/a.txt; echo result-$((6*7))", "result-42")]
+DRAFT = [bash("echo draft > outputs/draft.txt; sleep 60", "")]
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Case:
     attempts: int = 1
     metadata: dict[str, str] = field(default_factory=dict)
     small: bool = False  # whether it is to get the class that the stack lists
+    outputs: dict[str, str] = field(default_factory=dict)  # what must be in the bucket afterwards
 
     def ended(self, record: Record | None) -> bool:
         done = len((record or {}).get("history", ())) + 1 == self.turns and self.acted
@@ -104,12 +109,12 @@ def kill_sandbox(demo: "Demo", case: Case, _: Record) -> bool:
 
 def cases() -> list[Case]:
     return [
-        Case("tool call verified", "completed"),
+        Case("tool call verified", "completed", REPORT, outputs={"charts/a.txt": "42\n"}),
         Case("second turn, same id", "completed", turns=2, act=second_turn),
         Case("chooses its size", "completed", metadata={"sandbox-fleet.size": "small"}, small=True),
         Case("chooses a size that is not there", "completed", metadata={"sandbox-fleet.size": "huge"}),
         *(Case(f"three at once ({n})", "completed") for n in range(1, 4)),
-        Case("graceful stop mid-tool", "stopped", LONG, act=graceful_stop),
+        Case("graceful stop mid-tool", "stopped", DRAFT, act=graceful_stop, outputs={"draft.txt": "draft\n"}),
         Case("forced stop mid-tool", "stopped", LONG, act=forced_stop),
         Case(
             "sandbox killed mid-turn",
@@ -240,6 +245,7 @@ class Demo:
                     f"{case.name}: {record['outcome']} at attempt {record['attempt']}, must be {case.outcome} "
                     f"at {case.attempts} ({record.get('reason')})"
                 )
+            found += self.misput(case, record)
             for turn in record.get("history", ()):
                 if turn["outcome"] != case.outcome:
                     found.append(f"{case.name}: its earlier turn ended {turn['outcome']}, must be {case.outcome}")
@@ -270,6 +276,26 @@ class Demo:
                 if chosen != case.small:
                     found.append(f"{case.name}: its task has {task['cpu']} CPU units, {task['memory']} MiB")
         return found
+
+    def misput(self, case: Case, record: Record) -> list[str]:
+        """What is wrong with a session's outputs: as the record lists them, and in the bucket."""
+        told = record.get("outputs", {})
+        if (told.get("files", 0), told.get("problem")) != (len(case.outputs), None):
+            return [f"{case.name}: {len(case.outputs)} outputs expected, the record says {told}"]
+        if not told:
+            return []
+        s3, bucket = self.stack.client("s3"), self.stack.outputs["OutputsBucketName"]
+
+        def content(key: str) -> bytes:
+            body: bytes = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
+            return body
+
+        listed = json.loads(content(told["manifest"]))["files"]
+        put = {one["name"]: content(one["key"]).decode() for one in listed}
+        sums = {one["name"]: hashlib.sha256(put[one["name"]].encode()).hexdigest() for one in listed}
+        if put != case.outputs or sums != {one["name"]: one["sha256"] for one in listed}:
+            return [f"{case.name}: its outputs are {listed}, must be {case.outputs}"]
+        return []
 
     def dead_letters(self) -> list[str]:
         names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]

@@ -181,9 +181,13 @@ def local_aws(
 
 
 def _sandbox_process(runner: Path) -> dict[str, Any]:
-    """What a sandbox is here: the same runner in a process, with the task's scratch folder as its workspace."""
+    """What a sandbox is here: the same runner in a process, with the task's scratch folder as its workspace.
+
+    Outputs are a folder in it.
+    """
     start = (
-        "import os, runpy; os.environ['FLEET_WORKDIR'] = os.getcwd(); runpy.run_module('runner', run_name='__main__')"
+        "import os, runpy; here = os.environ['FLEET_WORKDIR'] = os.getcwd(); os.mkdir('outputs'); "
+        "os.environ['FLEET_OUTPUTS'] = os.path.join(here, 'outputs'); runpy.run_module('runner', run_name='__main__')"
     )
     python = str(ROOT / ".venv-sandbox/bin/python")
     return {"argv": [python, "-P", "-c", start], "env": {"PYTHONPATH": str(runner)}}

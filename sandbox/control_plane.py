@@ -1,17 +1,17 @@
 """What a sandbox says to the control plane's tickets function, and nothing to the API: a ticket for its
-credential at the start, a word at the end of the turn if the control plane must act (DESIGN §6, §7)."""
+credential at the start, a word at the end of the turn if the control plane must act, the outputs (DESIGN §6, §7)."""
 
 import base64
 import binascii
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import anyio
 import httpx2
-from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 # A ticket's first use may be repeated, with its nonce, for 60 s (DESIGN §6); later it is refused.
 EXCHANGE_SECONDS = 50.0
@@ -56,6 +56,7 @@ class Grant(BaseModel):
     work_secret: SecretStr | None = None
     environment_key: SecretStr | None = None
     callback_secret: SecretStr
+    outputs: bool = False  # whether there is a bucket for what the agent leaves
 
     def sessions_token(self) -> str | None:
         """The bearer token inside the work secret (W§10), or None if it holds none."""
@@ -80,6 +81,41 @@ class Grant(BaseModel):
             return None
 
 
+class Post(BaseModel):
+    """A form that puts one file into a bucket, under a key and with a size that it was signed for."""
+
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
+
+    name: str
+    key: str
+    url: str
+    fields: dict[str, str] = Field(repr=False)
+
+
+class LeftOut(BaseModel):
+    """A file that is not put, and why."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    why: str
+
+
+class OutputsGrant(BaseModel):
+    """What may be put, what not, and where the list of it goes."""
+
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
+
+    posts: tuple[Post, ...]
+    left_out: tuple[LeftOut, ...]
+    manifest: Post
+
+    def secret_values(self) -> set[str]:
+        """What must never be shown: who has it can put these files."""
+        secret = ("x-amz-signature", "x-amz-security-token")
+        return {post.fields[name] for post in (*self.posts, self.manifest) for name in secret if name in post.fields}
+
+
 @dataclass(frozen=True)
 class ControlPlane:
     """A client of the tickets function. `sleep` and `now` (monotonic, seconds) are passed in for tests."""
@@ -96,7 +132,7 @@ class ControlPlane:
         Raises TicketRefused, ControlPlaneUnanswered.
         """
         body = {**self.attempt.as_fields(), "ticket": ticket, "nonce": nonce}
-        response = await self._post(self.url, body, within=EXCHANGE_SECONDS)
+        response = await self._post("", body, within=EXCHANGE_SECONDS)
         if response.status_code != 200:
             raise TicketRefused(
                 f"the tickets function answered HTTP {response.status_code}: the ticket is spent, "
@@ -119,7 +155,7 @@ class ControlPlane:
         Returns whether the control plane has stopped the item. Raises TicketRefused, ControlPlaneUnanswered.
         """
         body = {**self.attempt.as_fields(), "callback_secret": callback_secret, "unserved": unserved}
-        response = await self._post(f"{self.url.rstrip('/')}/turn-ended", body, within=WORD_SECONDS)
+        response = await self._post("/turn-ended", body, within=WORD_SECONDS)
         if not response.is_success:
             raise TicketRefused(f"the tickets function answered HTTP {response.status_code} to the last word")
         try:
@@ -127,8 +163,39 @@ class ControlPlane:
         except (ValueError, TypeError, KeyError):
             return False
 
-    async def _post(self, url: str, body: dict[str, str | int], *, within: float) -> httpx2.Response:
+    async def ask_outputs(self, callback_secret: str, files: Mapping[str, int], *, ended: bool) -> OutputsGrant:
+        """Ask where to put these files (names, bytes). Raises TicketRefused, ControlPlaneUnanswered."""
+        body = {
+            **self.attempt.as_fields(),
+            "callback_secret": callback_secret,
+            "ended": ended,
+            "files": [{"name": name, "size": size} for name, size in files.items()],
+        }
+        response = await self._post("/outputs", body, within=WORD_SECONDS)
+        if response.status_code != 200:
+            raise TicketRefused(f"the tickets function answered HTTP {response.status_code} to the list of outputs")
+        try:
+            return OutputsGrant.model_validate_json(response.content)
+        except ValidationError:
+            raise ControlPlaneUnanswered("the tickets function answered 200 without usable uploads") from None
+
+    async def tell_outputs(self, callback_secret: str, *, files: int, size: int, problem: str | None) -> None:
+        """Say what was put (number, bytes). Raises TicketRefused, ControlPlaneUnanswered."""
+        shown = problem and "".join(one if " " <= one <= "~" else "?" for one in problem)[:200]
+        body = {
+            **self.attempt.as_fields(),
+            "callback_secret": callback_secret,
+            "files": files,
+            "bytes": size,
+            "problem": shown,
+        }
+        response = await self._post("/outputs-put", body, within=WORD_SECONDS)
+        if not response.is_success:
+            raise TicketRefused(f"the tickets function answered HTTP {response.status_code} to the word on outputs")
+
+    async def _post(self, path: str, body: Mapping[str, object], *, within: float) -> httpx2.Response:
         """The first answer that is not "try again", within so many seconds."""
+        url = f"{self.url.rstrip('/')}{path}" if path else self.url
         deadline = self.now() + within
         for delay in _delays():
             wait = delay

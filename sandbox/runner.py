@@ -1,6 +1,6 @@
 """One turn of one session, from ticket to exit code: the process of a sandbox. The HTTP answers that keep the
-lease with the control plane are in lease_guard.py, the talk with the control plane in control_plane.py,
-the log's form in json_log.py.
+lease with the control plane are in lease_guard.py, the talk with the control plane in control_plane.py, the upload of
+outputs in outputs.py, the log's form in json_log.py.
 
 The official SDK's worker does the session (events, tools, skills, memory stores); this module gives it its
 credential, ends it in time, and closes the turn (DESIGN §7, §8).
@@ -29,6 +29,7 @@ from anthropic import APIError, APIStatusError, AsyncAnthropic, DefaultAsyncHttp
 from control_plane import Attempt, ControlPlane, ControlPlaneUnanswered, Grant, TicketRefused
 from json_log import JsonLines, configure_logging, describe, say
 from lease_guard import LeaseGuard
+from outputs import PUT_SECONDS, Uploads
 
 POST_STOP_SECONDS = 5.0
 # Within the grace that tickets gives a turn which ended by itself (shared/ticketing.py).
@@ -40,6 +41,8 @@ TOOL_GRACE_SECONDS = 2.0
 TOOL_KILL_SECONDS = 3.0
 # Share of the stop timeout after which the process ends itself, its result and memory flushed or not.
 STOP_DEADLINE_SHARE = 0.9
+# Share of it after which no more outputs are put: what was put is still to be listed.
+OUTPUTS_DEADLINE_SHARE = 0.75
 
 SANDBOX_MARK = "FLEET_SANDBOX"
 
@@ -82,6 +85,7 @@ _SET_BY = {
     "FLEET_MAX_IDLE_SECONDS": _TEMPLATE,
     "FLEET_STOP_TIMEOUT_SECONDS": _TEMPLATE,
     "FLEET_WORKDIR": _TEMPLATE,
+    "FLEET_OUTPUTS": _TEMPLATE,
     "ANTHROPIC_BASE_URL": _TEMPLATE,
     "ANTHROPIC_ENVIRONMENT_ID": _TEMPLATE,
 }
@@ -108,6 +112,7 @@ class Config:
     max_idle: float
     stop_timeout: float
     workdir: str
+    outputs: str
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Config":
@@ -163,6 +168,7 @@ class Config:
             max_idle=seconds("FLEET_MAX_IDLE_SECONDS", "60"),
             stop_timeout=seconds("FLEET_STOP_TIMEOUT_SECONDS", "120"),
             workdir=directory("FLEET_WORKDIR", "/workspace"),
+            outputs=text("FLEET_OUTPUTS", "/mnt/session/outputs"),
         )
 
 
@@ -206,6 +212,7 @@ class EarlyEnd:
 
     def __init__(self, config: Config, mark: str) -> None:
         self.scope = anyio.CancelScope()
+        self.uploads = anyio.CancelScope()
         self.reason: ExitCode | None = None
         self._stop_timeout = config.stop_timeout
         self._mark = mark
@@ -223,8 +230,13 @@ class EarlyEnd:
         say(logging.WARNING, "turn told to end", exit_name=reason.name, reason=why)
         loop = asyncio.get_running_loop()
         loop.call_later(self._stop_timeout * STOP_DEADLINE_SHARE, self._give_up)
+        self.uploads_end_within(self._stop_timeout * OUTPUTS_DEADLINE_SHARE)
         self._ending_tools = loop.create_task(self._end_tools())
         self.scope.cancel()
+
+    def uploads_end_within(self, seconds: float) -> None:
+        """Whichever end is the earlier stands."""
+        self.uploads.deadline = min(self.uploads.deadline, asyncio.get_running_loop().time() + seconds)
 
     def on_refused(self, status: int) -> None:
         """End the turn because the API refuses the session for good."""
@@ -286,30 +298,44 @@ async def run_sandbox(config: Config, formatter: JsonLines) -> ExitCode:
         asyncio.get_running_loop().add_signal_handler(number, early.request, ExitCode.STOPPED, name)
     nonce = secrets.token_urlsafe(32)
     formatter.hide([nonce])
+    uploads: Uploads | None = None
     try:
         async with httpx2.AsyncClient() as http:
             control_plane = ControlPlane(http, config.tickets_url, config.attempt)
-            with early.scope:
-                grant = await control_plane.exchange(config.ticket, nonce)
-                formatter.hide(grant.secret_values())
-                formatter.add_fields({"session_id": grant.session_id})
-                say(logging.INFO, "ticket exchanged")
-                token = usable_token(config, grant)
-                formatter.hide([token])
-                await serve_turn(config, grant, early)
-            if early.reason is not None:
-                say(logging.WARNING, "turn ended early", exit_name=early.reason.name)
-                return early.reason
-            say(logging.INFO, "worker ended")
-            async with AsyncAnthropic(auth_token=token, base_url=config.base_url) as client:
-                return await close_turn(client, grant, control_plane)
-    except Exception as error:
-        if early.reason is None:
-            raise
-        say(logging.WARNING, "turn ended early", exit_name=early.reason.name, error=describe(error))
-        return early.reason
+            try:
+                with early.scope:
+                    grant = await control_plane.exchange(config.ticket, nonce)
+                    formatter.hide(grant.secret_values())
+                    formatter.add_fields({"session_id": grant.session_id})
+                    say(logging.INFO, "ticket exchanged")
+                    token = usable_token(config, grant)
+                    formatter.hide([token])
+                    if grant.outputs:
+                        uploads = Uploads(control_plane, http, grant, config.outputs, formatter.hide)
+                    await serve_turn(config, grant, early)
+                if early.reason is None:
+                    say(logging.INFO, "worker ended")
+                    async with AsyncAnthropic(auth_token=token, base_url=config.base_url) as client:
+                        code = await close_turn(client, grant, control_plane)
+                else:
+                    code = early.reason
+                    say(logging.WARNING, "turn ended early", exit_name=code.name)
+            except Exception as error:
+                if early.reason is None:
+                    raise
+                code = early.reason
+                say(logging.WARNING, "turn ended early", exit_name=code.name, error=describe(error))
+            if uploads and code in _PUTS_OUTPUTS:
+                end_tool_processes(mark, signal.SIGKILL)  # they could change what is being put
+                early.uploads_end_within(PUT_SECONDS)
+                await uploads.run(early.uploads, ended=code in (ExitCode.FINISHED, ExitCode.UNSERVED))
+            return code
     finally:
         end_tool_processes(mark, signal.SIGKILL)  # what an agent left running in the background
+
+
+# After the stop, never before it: an active item with nobody listening loses messages (docs/decisions/0009)
+_PUTS_OUTPUTS = (ExitCode.FINISHED, ExitCode.UNSERVED, ExitCode.NOT_STOPPED, ExitCode.STOPPED)
 
 
 class NoUsableCredential(Exception):

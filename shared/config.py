@@ -56,6 +56,11 @@ class Config(BaseModel):
     hand_over_environment_key: bool = False
     dead_letters_url: str = ""
     force_stop_strands: bool = False
+    outputs_bucket: str = ""  # empty: outputs are off
+    outputs_prefix: str = ""
+    outputs_max_files: int = 100
+    outputs_max_file_mib: int = 100
+    outputs_max_total_mib: int = 500
 
     @property
     def shortest_wall_seconds(self) -> int:

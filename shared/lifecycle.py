@@ -35,10 +35,10 @@ SECOND_LOOK_MS = 120_000  # well under the janitor's round, well over two runs t
 STRAND_AGE_MS = 900_000  # no lease lives so long without a beat
 _NO_TURNS: tuple[PastTurn, ...] = ()
 LONGEST_ID = 90  # characters: `startedBy` holds the id, the turn and the attempt in 128
-_SAFE_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_ID}}}")
+SAFE_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_ID}}}")
 # An id as requests and messages may name it: DynamoDB answers an empty or very long key with an error
-WorkId = Annotated[str, StringConstraints(pattern=rf"^{_SAFE_ID.pattern}$")]
-_STARTED_BY = re.compile(rf"({_SAFE_ID.pattern})/([0-9]{{1,19}})/([0-9]{{1,9}})")
+WorkId = Annotated[str, StringConstraints(pattern=rf"^{SAFE_ID.pattern}$")]
+_STARTED_BY = re.compile(rf"({SAFE_ID.pattern})/([0-9]{{1,19}})/([0-9]{{1,9}})")
 
 # Exit codes of the runner (sandbox/runner.py) that need no diagnosis
 FINISHED, UNSERVED, NOT_STOPPED = 0, 11, 17
@@ -67,7 +67,7 @@ def judge_offer(record: Record | None, work: "Work", now: int, *, hand_over_key:
 
     A session without a `secret` can be served only if the environment key may be handed over (DESIGN §5).
     """
-    if not _SAFE_ID.fullmatch(work.id):
+    if not SAFE_ID.fullmatch(work.id):
         return Offer.REFUSE
     if work.data.type == "session" and not (work.data.id and (_secret_of(work) or hand_over_key)):
         return Offer.REFUSE
@@ -543,6 +543,7 @@ def _next_attempt(record: Record, now: int, why: str, *, interrupted: bool, no_r
         ticket_nonce_hash=None,
         ticket_used_at=None,
         callback_hash=None,
+        callback_hashes_again=(),
         stop_reason=None,
         stop_outcome=None,
         post_stop=False,
@@ -714,6 +715,7 @@ def closed(record: Record, now: int, *, retention_seconds: int, outcome: Outcome
         ticket_hashes=(),
         ticket_nonce_hash=None,
         callback_hash=None,
+        callback_hashes_again=(),
         expires_at=now // 1000 + retention_seconds,
     )
 

@@ -53,6 +53,22 @@ class Moment(BaseModel):
     event: str
 
 
+class Outputs(BaseModel):
+    """What an attempt's sandbox put into the outputs bucket: its own count, bounded by what it was granted."""
+
+    model_config = ConfigDict(frozen=True)
+    attempt: int
+    prefix: str  # s3://bucket/..., made from the record
+    manifest: str  # key of the list of files
+    listing: str  # hash of what was asked for: the first request of an attempt fixes it
+    requests: int = 1
+    granted_files: int
+    granted_bytes: int
+    files: int = 0
+    bytes: int = 0
+    problem: str | None = None
+
+
 class PastTurn(BaseModel):
     """What stays of an ended turn."""
 
@@ -62,6 +78,7 @@ class PastTurn(BaseModel):
     outcome: Outcome | None
     exit_code: int | None = None
     reason: str | None = None
+    outputs: Outputs | None = None
     timeline: tuple[Moment, ...] = ()
 
 
@@ -133,6 +150,7 @@ class Record(BaseModel):
     ticket_nonce_hash: str | None = None
     ticket_used_at: int | None = None
     callback_hash: str | None = None
+    callback_hashes_again: tuple[str, ...] = ()  # of replies given once more: the sandbox may hold any of them
     # the end
     stop_reason: str | None = None
     stop_outcome: Outcome | None = None
@@ -145,6 +163,7 @@ class Record(BaseModel):
     outcome: Outcome | None = None
     exit_code: int | None = None
     reason: str | None = None
+    outputs: Outputs | None = None  # of the newest attempt that put any
     expires_at: int | None = None  # epoch seconds, as DynamoDB's TTL wants it
     shard: str | None = None  # set exactly while live: it makes the index sparse
     timeline: tuple[Moment, ...] = ()

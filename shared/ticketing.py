@@ -1,4 +1,5 @@
-"""Gives a starting sandbox its own session's credential for its ticket; takes its last word (DESIGN §6, §7)."""
+"""Gives a starting sandbox its own session's credential for its ticket, signed uploads for its callback secret; takes
+its words on the end of a turn and on what it put (DESIGN §6, §7)."""
 
 import hashlib
 import hmac
@@ -8,14 +9,17 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, SecretStr
 
-from shared import lifecycle
+from shared import lifecycle, outputs
 from shared.lifecycle import StopWish, WorkId
 from shared.log import log, log_fields
+from shared.outputs import OutputsGrant, OutputsPlace, OutputsPut, OutputsRequest
 from shared.record import Outcome, Phase, Record
 from shared.store import Store, change
 
 REPLAY_MS = 60_000
+_MOST_REPLIES = 10
 _OWN_EXIT_GRACE_MS = 45_000  # the sandbox waits for its item's stop, then reads the history once more
+_UPLOAD_GRACE_MS = 140_000  # what the sandbox takes at most to put its outputs (sandbox/outputs.py), and to end
 
 
 class TicketRefused(Exception):
@@ -44,6 +48,7 @@ class Credential(BaseModel):
     work_secret: SecretStr | None
     environment_key: SecretStr | None
     callback_secret: SecretStr
+    outputs: bool  # whether it may ask where to put what its agent leaves
 
 
 class TurnEnded(BaseModel):
@@ -62,6 +67,7 @@ class Tickets:
     now: Callable[[], int]
     environment_key: Callable[[], SecretStr] | None = None  # given only if it may be handed over
     new_secret: Callable[[], str] = lambda: secrets.token_urlsafe(32)
+    outputs: OutputsPlace | None = None  # given only if they are kept
 
     def redeem(self, request: TicketRequest) -> Credential:
         """First use binds the attempt to the nonce, which may repeat it for 60 s. Raises TicketRefused."""
@@ -83,7 +89,8 @@ class Tickets:
             same = hmac.compare_digest(nonce, record.ticket_nonce_hash)
             if not same or now > (record.ticket_used_at or 0) + REPLAY_MS:
                 return None
-            return record.model_copy(update={"callback_hash": hash_secret(callback)})
+            again = (*record.callback_hashes_again, hash_secret(callback))[-_MOST_REPLIES:]
+            return record.model_copy(update={"callback_hashes_again": again})
 
         record = change(self.store, request.work_id, bind)
         servable = record and record.session_id and (record.secret or self.environment_key)
@@ -98,6 +105,7 @@ class Tickets:
             work_secret=record.secret,
             environment_key=self.environment_key() if record.secret is None and self.environment_key else None,
             callback_secret=SecretStr(callback),
+            outputs=self.outputs is not None,
         )
 
     def turn_ended(self, word: TurnEnded) -> bool:
@@ -105,7 +113,6 @@ class Tickets:
 
         Raises TicketRefused.
         """
-        given = hash_secret(word.callback_secret.get_secret_value())
         outcome = Outcome.UNSERVED if word.unserved else Outcome.COMPLETED
         wish = StopWish("the turn ended", outcome, post=True, grace_ms=_OWN_EXIT_GRACE_MS)
         now = self.now()
@@ -114,9 +121,7 @@ class Tickets:
         def end(record: Record) -> Record | None:
             nonlocal known, stopped
             stopped = record.phase is Phase.STOPPING and not record.post_stop
-            known = lifecycle.is_current(record, word.turn, word.attempt) and _among(
-                given, (record.callback_hash or "",)
-            )
+            known = _calls_back(record, word)
             if not known:
                 return None
             if record.phase is Phase.STOPPING:
@@ -133,9 +138,71 @@ class Tickets:
             self.wake_stopper(word.work_id)
         return stopped
 
+    def grant_outputs(self, request: OutputsRequest) -> OutputsGrant:
+        """Signed uploads for what the sandbox lists, within the limits, under the attempt's own prefix.
+
+        Its first list is the attempt's only one; it may be sent again a few times. Raises TicketRefused.
+        """
+        place, now = self.outputs, self.now()
+        if place is None:
+            raise TicketRefused
+        admitted, left_out = place.admit(request.files)
+        prefix = None
+
+        def grant(record: Record) -> Record | None:
+            nonlocal prefix
+            prefix = place.key_prefix(record) if _calls_back(record, request) else None
+            if prefix is None:
+                return None
+            granted = outputs.granted(record, request, place.bucket, prefix, admitted)
+            if granted is None or not request.ended or record.phase is Phase.STOPPING:
+                return granted
+            # Whatever becomes of the sandbox now, its turn is over: no other attempt, and time enough for the upload
+            done = StopWish("the turn ended", Outcome.COMPLETED, post=False, grace_ms=_UPLOAD_GRACE_MS)
+            return lifecycle.want_stop(granted, done, now)
+
+        changed = change(self.store, request.work_id, grant)
+        if changed is None or prefix is None:
+            log.warning("outputs refused", **log_fields(request))
+            raise TicketRefused
+        log.info("outputs granted", **log_fields(changed), count=len(admitted), left_out=len(left_out))
+        return place.grant(admitted, left_out, prefix)
+
+    def note_outputs(self, word: OutputsPut) -> None:
+        """Lists on the record what the sandbox says that it put. Raises TicketRefused."""
+        now = self.now()
+        known = False
+
+        def note(record: Record) -> Record | None:
+            nonlocal known
+            known = _calls_back(record, word)
+            return outputs.reported(record, word, now) if known else None
+
+        changed = change(self.store, word.work_id, note)
+        if not known:
+            log.warning("word on outputs refused", **log_fields(word))
+            raise TicketRefused
+        if changed is not None and (put := changed.outputs) is not None:
+            log.info(
+                "outputs put",
+                **log_fields(changed),
+                count=put.files,
+                bytes=put.bytes,
+                prefix=put.prefix,
+                reason=put.problem,
+            )
+
 
 def _may_start(record: Record, turn: int, attempt: int) -> bool:
     return lifecycle.is_current(record, turn, attempt) and record.phase in (Phase.LAUNCHING, Phase.RUNNING)
+
+
+def _calls_back(record: Record, word: TurnEnded | OutputsRequest | OutputsPut) -> bool:
+    """Whether the word is of the record's current attempt: its callback secret says so."""
+    given = hash_secret(word.callback_secret.get_secret_value())
+    return lifecycle.is_current(record, word.turn, word.attempt) and _among(
+        given, (record.callback_hash or "", *record.callback_hashes_again)
+    )
 
 
 def _among(given: str, stored: tuple[str, ...]) -> bool:

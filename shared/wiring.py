@@ -3,15 +3,18 @@
 import json
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import boto3
 from botocore.config import Config as BotoConfig
 from pydantic import SecretStr
 
+from shared.buckets import Buckets, Post
 from shared.config import Config
 from shared.launch_queue import LaunchQueue
 from shared.loop import LeaseLoop
+from shared.outputs import OutputsPlace
 from shared.sandboxes import Sandboxes
 from shared.store import DynamoStore, Store
 from shared.stored_key import StoredKey
@@ -27,6 +30,10 @@ _STANDARD = BotoConfig(
     parameter_validation=False,  # a tenth of a call's time, for what mypy and the tests have looked at
 )
 ENVIRONMENT_KEY_PREFIX = "sk-"
+# The Region's own address of a bucket, which is the one that DNS Firewall is told (template.yaml)
+SIGNING = BotoConfig(
+    signature_version="s3v4", s3={"addressing_style": "virtual", "us_east_1_regional_endpoint": "regional"}
+)
 _NO_RETRIES = BotoConfig(retries={"total_max_attempts": 1}, connect_timeout=3, read_timeout=20)
 
 
@@ -75,6 +82,28 @@ def loop(config: Config, records: Store) -> LeaseLoop:
 def sandboxes(config: Config) -> Sandboxes:
     """Without botocore's retries: they would burn the launch quota (FIELD_NOTES 12)."""
     return Sandboxes(boto3.client("ecs", config=_NO_RETRIES), config)
+
+
+def outputs_place(config: Config) -> OutputsPlace | None:
+    """None if outputs are off."""
+    if not config.outputs_bucket:
+        return None
+
+    @cache
+    def buckets() -> Buckets:  # not at the start of a sandbox, which waits for its ticket
+        return Buckets(boto3.client("s3", config=SIGNING))
+
+    def presign(key: str, least: int, most: int) -> Post:
+        return buckets().presign_post(config.outputs_bucket, key, least, most)
+
+    return OutputsPlace(
+        bucket=config.outputs_bucket,
+        prefix=config.outputs_prefix,
+        max_files=config.outputs_max_files,
+        max_file_bytes=config.outputs_max_file_mib << 20,
+        max_total_bytes=config.outputs_max_total_mib << 20,
+        presign=presign,
+    )
 
 
 def wake_stopper(config: Config) -> Callable[[str], None]:

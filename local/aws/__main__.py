@@ -53,6 +53,7 @@ def main() -> None:
     patches.exception_names()
     patches.schedules(options.time_scale)
     patches.callable_function_urls(endpoint)
+    patches.as_if_over_tls()
     patches.yaml_definitions()
     patches.recorded_only_types()
     patches.builds_push_an_image()

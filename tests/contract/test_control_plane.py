@@ -781,6 +781,17 @@ def test_a_ticket_is_exchanged_once_and_its_lost_reply_may_be_asked_for_again(pl
         plane.tickets.redeem(request(plane, work_id))
 
 
+def test_whichever_reply_to_its_ticket_a_sandbox_has_its_word_is_taken(plane: Plane) -> None:
+    """A reply that came late, as the request was sent again, was written after the one that the sandbox took."""
+    work_id, _ = plane.run_to_running()
+    replies = [plane.tickets.redeem(request(plane, work_id)) for _ in range(3)]
+    for reply in replies:
+        word = last_word(plane, work_id).model_copy(update={"callback_secret": reply.callback_secret})
+        assert plane.tickets.turn_ended(word) is False
+    with pytest.raises(TicketRefused):
+        plane.tickets.turn_ended(word.model_copy(update={"callback_secret": SecretStr("guess")}))
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_the_environment_key_is_handed_over_only_without_a_secret_and_only_if_allowed(
     plane: Plane, *, allowed: bool

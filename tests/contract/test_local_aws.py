@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from botocore.exceptions import ClientError
 
 from local.aws.containers import Images, ImagesFileError
 from local.aws.tokens import TOKEN_LIFETIME, ClientTokens, TokenConflictError
+from shared.buckets import Buckets
+from shared.wiring import SIGNING
 
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
@@ -80,10 +83,10 @@ class LocalAws:
         self.ecs = self.client("ecs")
         self.seen: list[dict[str, Any]] = []
 
-    def client(self, service: str) -> Any:
+    def client(self, service: str, config: Config | None = None) -> Any:
         session = boto3.Session("test", "test", region_name="us-east-1")
         return cast(Any, session).client(
-            service, endpoint_url=self.endpoint, config=Config(retries={"total_max_attempts": 1})
+            service, endpoint_url=self.endpoint, config=config or Config(retries={"total_max_attempts": 1})
         )
 
     def define(self, image: str = "python", **members: Any) -> str:
@@ -592,6 +595,30 @@ def test_a_function_url_of_a_stack_is_callable_and_speaks_payload_v2(aws: LocalA
     assert (json.loads(event["body"]), event["isBase64Encoded"]) == ({"x": 1}, False)
     binary = httpx.put(url, content=b"\xff", headers={"content-type": "application/octet-stream"}).json()
     assert (binary["body"], binary["isBase64Encoded"], binary["rawPath"]) == ("/w==", True, "/")
+
+
+def test_a_signed_upload_is_good_for_its_key_its_length_and_its_time(
+    aws: LocalAws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the outputs of sandboxes rest on (shared/buckets.py); ministack enforces it as S3 does."""
+    s3, bucket = aws.client("s3"), f"uploads-{uuid.uuid4().hex}"
+    s3.create_bucket(Bucket=bucket)
+    signer = Buckets(aws.client("s3", SIGNING))
+
+    def upload(content: bytes, **changed: str) -> tuple[int, str]:
+        post = signer.presign_post(bucket, "fleet/sesn_1/files/a", 3, 3)
+        answer = httpx.post(post.url, data=post.fields | changed, files={"file": content})
+        return answer.status_code, (re.findall("<Code>(.*)</Code>", answer.text) or [""])[0]
+
+    assert upload(b"123") == (204, "")
+    assert s3.get_object(Bucket=bucket, Key="fleet/sesn_1/files/a")["Body"].read() == b"123"
+    assert upload(b"1234") == (400, "EntityTooLarge")
+    assert upload(b"12") == (400, "EntityTooSmall")
+    assert upload(b"123", key="fleet/sesn_2/files/a") == (403, "AccessDenied")
+    assert upload(b"123", **{"Content-Type": "text/html"}) == (403, "AccessDenied")
+    assert upload(b"123", **{"x-amz-signature": "0" * 64}) == (403, "SignatureDoesNotMatch")
+    monkeypatch.setattr("shared.buckets.POST_SECONDS", -1)
+    assert upload(b"123") == (403, "AccessDenied")
 
 
 def test_an_exceptions_class_is_the_error_type(aws: LocalAws, caller: Caller) -> None:

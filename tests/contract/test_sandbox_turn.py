@@ -32,6 +32,8 @@ WAIT_SECONDS = 60.0
 # The task definition drops all capabilities: with root's, a tool would be refused nothing
 AS_IN_A_TASK = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
 TICKET, CALLBACK_SECRET = "ticket-that-nobody-may-see", "callback-secret-that-nobody-may-see"
+SIGNATURE = "signature-that-nobody-may-see"
+WRITES = "mkdir -p outputs; echo 42 > outputs/a.txt"
 
 
 class Emulator(Protocol):
@@ -48,7 +50,7 @@ class Between:
     notes what it saw. `refuse` gives a status to answer instead of forwarding; `before_stop` runs first."""
 
     api: str
-    grant: dict[str, str] = field(default_factory=dict)
+    grant: dict[str, Any] = field(default_factory=dict)
     ticket_status: int = 200
     refuse: Callable[[str, str], int | None] = lambda method, path: None
     before_stop: Callable[[], None] = lambda: None
@@ -57,6 +59,10 @@ class Between:
     results: list[dict[str, Any]] = field(default_factory=list)
     words: list[dict[str, Any]] = field(default_factory=list)
     words_until_stopped: int = 2
+    order: list[str] = field(default_factory=list)  # of the stop and of all about outputs
+    listed: list[dict[str, Any]] = field(default_factory=list)
+    put: dict[str, bytes] = field(default_factory=dict)
+    before_put: Callable[[], None] = lambda: None
     url: str = ""
 
     def app(self) -> Starlette:
@@ -64,6 +70,9 @@ class Between:
             routes=[
                 Route("/tickets/", self._ticket, methods=["POST"]),
                 Route("/tickets/turn-ended", self._word, methods=["POST"]),
+                Route("/tickets/outputs", self._outputs, methods=["POST"]),
+                Route("/tickets/outputs-put", self._outputs_put, methods=["POST"]),
+                Route("/bucket/{key:path}", self._bucket, methods=["POST"]),
                 Route("/{path:path}", self._forward, methods=["GET", "POST"]),
             ]
         )
@@ -76,11 +85,33 @@ class Between:
         self.words.append(await request.json())
         return JSONResponse({"stopped": len(self.words) >= self.words_until_stopped}, 202)
 
+    async def _outputs(self, request: Request) -> Response:
+        self.listed.append(await request.json())
+        self.order.append(f"ask ended={self.listed[-1]['ended']}")
+        names = [file["name"] for file in self.listed[-1]["files"]]
+        forms = [
+            {"name": name, "key": name, "url": f"{self.url}/bucket/{name}", "fields": {"x-amz-signature": SIGNATURE}}
+            for name in (*names, "manifest.json")
+        ]
+        return JSONResponse({"posts": forms[:-1], "left_out": [], "manifest": forms[-1]})
+
+    async def _bucket(self, request: Request) -> Response:
+        await asyncio.to_thread(self.before_put)
+        body, key = await request.body(), request.path_params["key"]
+        self.put[key] = body.split(b' name="file"')[1].split(b"\r\n\r\n", 1)[1].rsplit(b"\r\n--", 1)[0]
+        self.order.append(f"put {key}")
+        return Response(status_code=204)
+
+    async def _outputs_put(self, request: Request) -> Response:
+        self.order.append(f"told {(await request.json())['files']}")
+        return JSONResponse({}, 202)
+
     async def _forward(self, request: Request) -> Response:
         path, body = request.url.path, await request.body()
         self.calls.append(f"{request.method} {path}")
         if path.endswith("/stop"):
             self.stop_credentials.append(request.headers["authorization"])
+            self.order.append("stop")
             await asyncio.to_thread(self.before_stop)
         if request.method == "POST" and path.endswith("/events"):
             self.results += json.loads(body)["events"]
@@ -137,6 +168,7 @@ class Sandbox:
     between: Between
     workdir: Path
     stop_timeout: float = 10.0
+    keeps_outputs: bool = False
     without_secret: bool = False  # the control plane hands over the environment key instead
     session_id: str = ""
     process: subprocess.Popen[str] | None = None
@@ -166,6 +198,7 @@ class Sandbox:
             "environment_id": item["environment_id"],
             "session_id": self.session_id,
             "callback_secret": CALLBACK_SECRET,
+            "outputs": self.keeps_outputs,
         } | (
             {"environment_key": self.emulator.environment_key}
             if self.without_secret
@@ -183,6 +216,7 @@ class Sandbox:
             "FLEET_MAX_IDLE_SECONDS": "0.5",
             "FLEET_STOP_TIMEOUT_SECONDS": str(self.stop_timeout),
             "FLEET_WORKDIR": str(self.workdir),
+            "FLEET_OUTPUTS": str(self.workdir / "outputs"),
             "ANTHROPIC_BASE_URL": self.between.url,
             "ANTHROPIC_ENVIRONMENT_ID": item["environment_id"],
             # What an image or a user may have set, and what must change nothing.
@@ -202,9 +236,9 @@ class Sandbox:
         """Wait for the runner's end; nothing that it said may hold a secret."""
         assert self.process is not None
         self.output, _ = self.process.communicate(timeout=WAIT_SECONDS)
-        ids = {"work_id", "environment_id", "session_id"}
+        ids = {"work_id", "environment_id", "session_id", "outputs"}
         granted = [value for name, value in self.between.grant.items() if name not in ids]
-        for secret in (TICKET, *granted, "another-credential"):
+        for secret in (TICKET, SIGNATURE, *granted, "another-credential"):
             assert secret not in self.output
         self.lines = [json.loads(line) for line in self.output.splitlines()]
         assert self.lines[-1]["exit_code"] == self.process.returncode, self.output
@@ -233,7 +267,7 @@ def bash(command: str, expect: str | None = None) -> dict[str, Any]:
 
 
 def test_a_turn_runs_on_the_sessions_token_and_makes_one_work_call(sandbox: Sandbox) -> None:
-    sandbox.start(bash("echo hi > note; echo hi", "hi"), bash("cat note; pwd", str(sandbox.workdir)))
+    sandbox.start(bash(f"{WRITES}; echo hi > note; echo hi", "hi"), bash("cat note; pwd", str(sandbox.workdir)))
     assert sandbox.ends() is ExitCode.FINISHED
     between = sandbox.between
     assert between.result_texts == ["hi", f"hi\n{sandbox.workdir}"]
@@ -244,6 +278,7 @@ def test_a_turn_runs_on_the_sessions_token_and_makes_one_work_call(sandbox: Sand
     assert credential not in (f"Bearer {sandbox.emulator.environment_key}", "Bearer another-credential")
     assert credential.removeprefix("Bearer ") not in sandbox.output
     assert between.words == []
+    assert between.order == ["stop"], "without a bucket nothing is asked about outputs"
     [first] = [line for line in sandbox.lines if line["message"] == "first tool result"]
     assert first["first_result_seconds"] > 0, "what the template's metric filter reads"
     named = {"work_id": grant["work_id"], "session_id": grant["session_id"], "attempt": 1, "service": "sandbox"}
@@ -402,3 +437,42 @@ def test_a_message_that_slips_in_before_the_stop_is_unserved(sandbox: Sandbox) -
     assert [word["unserved"] for word in sandbox.between.words] == [True]
     assert len(sandbox.between.work_calls) == 1
     assert sandbox.between.result_texts == ["hi"]
+
+
+def test_outputs_are_put_after_the_stop_and_told(sandbox: Sandbox) -> None:
+    """While the item is active with nobody listening, a message is lost: nothing may hold up its stop."""
+    sandbox.keeps_outputs = True
+    sandbox.start(bash(f"{WRITES}; ln -s /etc/passwd outputs/link; echo done", "done"))
+    assert sandbox.ends() is ExitCode.FINISHED
+    assert sandbox.between.order == ["stop", "ask ended=True", "put a.txt", "put manifest.json", "told 1"]
+    assert sandbox.between.put["a.txt"] == b"42\n"
+
+
+def test_a_signal_puts_what_is_there(sandbox: Sandbox) -> None:
+    sandbox.keeps_outputs = True
+    sandbox.start(bash(f"{WRITES}; touch ready; sleep 100"))
+    wait_until((sandbox.workdir / "ready").exists)
+    assert sandbox.process is not None
+    sandbox.process.terminate()
+    assert sandbox.ends() is ExitCode.STOPPED
+    assert sandbox.between.order == ["ask ended=False", "put a.txt", "put manifest.json", "told 1"]
+
+
+def test_a_signal_amid_an_upload_that_hangs_ends_it_in_time_and_changes_no_outcome(sandbox: Sandbox) -> None:
+    sandbox.keeps_outputs, sandbox.stop_timeout = True, 4.0
+    seen, given_up = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        if seen.is_set():  # the manifest: the file was given up
+            given_up.set()
+            return
+        seen.set()
+        assert sandbox.process is not None
+        sandbox.process.terminate()
+        given_up.wait(WAIT_SECONDS)
+
+    sandbox.between.before_put = hang
+    sandbox.start(bash(WRITES))
+    assert sandbox.ends() is ExitCode.FINISHED
+    assert "time was up" in sandbox.output
+    assert json.loads(sandbox.between.put["manifest.json"])["left_out"] == [{"name": "a.txt", "why": "time was up"}]

@@ -21,6 +21,7 @@ import shared.stopping
 import shared.wiring
 from local.work_api.state import Item, Refusal
 from shared import lifecycle, sizes
+from shared.buckets import Post
 from shared.claiming import Claimer
 from shared.config import SHARD, Config
 from shared.keeping import Keeper
@@ -30,6 +31,7 @@ from shared.log import log
 from shared.loop import LeaseLoop
 from shared.observing import Observer
 from shared.operating import Operator
+from shared.outputs import OutputsPlace
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import Sandboxes
 from shared.stopping import Stopper
@@ -278,6 +280,7 @@ class Fleet:
         while session.pending or machine.now - quiet_since < 10_000:
             if task.told_to_stop:
                 machine.sleep(rng.randint(0, 20_000))
+                self._put_outputs(turn, grant, ended=False)
                 return 10
             if self.faults.happens(machine, 0.002, "sandbox crashes"):
                 return 1
@@ -316,10 +319,25 @@ class Fleet:
             if not stopped:
                 return 17
         machine.sleep(rng.randint(20, 500))
-        if session.pending:
+        code = 11 if session.pending else 0
+        if code:
             self._tell_end(turn, grant, unserved=True)
-            return 11
-        return 0
+        self._put_outputs(turn, grant, ended=True)
+        return code
+
+    def _put_outputs(self, turn: dict[str, Any], grant: dict[str, Any], *, ended: bool) -> None:
+        """What the agent left, if anything: asked for, put, told (sandbox/outputs.py)."""
+        if not self.faults.happens(self.machine, 0.2, "the agent leaves outputs"):
+            return
+        said = turn | {"callback_secret": grant["callback_secret"]}
+        reply = self._url("/outputs", said | {"ended": ended, "files": [{"name": "a", "size": 1}]})
+        if reply["statusCode"] != 200:
+            return
+        key = json.loads(reply["body"])["posts"][0]["key"]
+        if not key.startswith(f"fleet/{turn['work_id']}/{turn['turn']}/{turn['attempt']}/"):
+            self.violations.append(f"a sandbox of {turn['work_id']} may put {key}")
+        self.machine.sleep(self.machine.rng.randint(0, 60_000))
+        self._url("/outputs-put", said | {"files": 1, "bytes": 1})
 
     def _wait_for_a_person(self, task: Task, session: Session) -> None:
         """Longer than any stall may last; a sandbox that waits for one is not to be taken for hung."""
@@ -686,6 +704,7 @@ class Fleet:
         claimer = Claimer(config, api, key, store, queue, loop, now, sleep)
         observer = Observer(config, store, queue, wake, now)
         self.operator = Operator(store, queue, wake, now)
+        place = OutputsPlace("bucket", "fleet", 9, 9, 9, lambda key, *_: Post(url="", fields={"key": key}))
         parts: dict[str, Any] = {
             "claimer": claimer,
             "janitor": Janitor(config, api, store, sandboxes, claimer, observer, wake, now),
@@ -693,7 +712,7 @@ class Fleet:
             "keeper": keeper,
             "stopper": Stopper(config, api, keeper, store, sandboxes, queue, now),
             "observer": observer,
-            "tickets": Tickets(store, wake, now, None, lambda: f"SECRET-callback-{next(count)}"),
+            "tickets": Tickets(store, wake, now, None, lambda: f"SECRET-callback-{next(count)}", place),
         }
         for name, module in APPS.items():
             built = "claimer" if name == "poller" else name

@@ -30,6 +30,7 @@ SAMPLES = {
     "EnvironmentKeySecretArn": ["", "arn:aws:secretsmanager:us-east-1:123456789012:secret:given-AbCdEf"],
     "WebhookSecretArn": ["", "arn:aws:secretsmanager:us-east-1:123456789012:secret:webhook-AbCdEf"],
     "KmsKeyArn": ["", "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"],
+    "Outputs": ["off", "on", "given-bucket"],
     "SandboxImage": ["123456789012.dkr.ecr.us-east-1.amazonaws.com/team/sandbox:1", "public.example/sandbox@sha256:ab"],
 }
 
@@ -67,6 +68,7 @@ SHAPES = {
         (f"arn:aws:lambda:{_HERE}:layer:{{}}:*",),
     ),
     "AWS::Logs::LogGroup": Shape("LogGroupName", "{}", f"arn:aws:logs:{_HERE}:log-group:{{}}:*"),
+    "AWS::S3::Bucket": Shape("BucketName", "{}", "arn:aws:s3:::{}", ("arn:aws:s3:::{}/",)),
     "AWS::SecretsManager::Secret": Shape(
         "Name",
         f"arn:aws:secretsmanager:{_HERE}:secret:{{}}-AbCdEf",
@@ -120,22 +122,26 @@ def outcomes(template: dict[str, Any]) -> dict[str, set[bool]]:
 
 
 def _resolvers(template: dict[str, Any]) -> Iterator["_Resolver"]:
-    conditions, deciding = _deciding(template)
-    compared = [template["Conditions"][name] for name in conditions]
-    tried = {
-        name: _values_of(name, parameter, compared) if name in deciding else [parameter.get("Default", "word")]
-        for name, parameter in template.get("Parameters", {}).items()
-    }
-    for values in itertools.product(*tried.values()):
-        yield _Resolver(template, dict(zip(tried, values, strict=True)))
+    """For each resource with a policy every choice of what decides it, beside one choice of what decides others."""
+    compared = [template["Conditions"][name] for name in _deciding(template)[0]]
+    parameters = template.get("Parameters", {})
+    first = {name: parameter.get("Default", "word") for name, parameter in parameters.items()}
+    seen = set()
+    for owner in template["Resources"]:
+        deciding = sorted(_deciding(template, owner)[1])
+        for values in itertools.product(*(_values_of(name, parameters[name], compared) for name in deciding)):
+            chosen = first | dict(zip(deciding, values, strict=True))
+            if (key := tuple(chosen.values())) not in seen:
+                seen.add(key)
+                yield _Resolver(template, chosen)
 
 
-def _deciding(template: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """The conditions, and the parameters, that decide what the policies say or whether they are there."""
+def _deciding(template: dict[str, Any], owner: str | None = None) -> tuple[set[str], set[str]]:
+    """The conditions, and the parameters, that decide what policies (one resource's) say or whether they are there."""
     parts: list[Any] = []
-    for resource in template["Resources"].values():
+    for name, resource in template["Resources"].items():
         policies = [document for _, document in documents(resource.get("Properties", {}))]
-        if policies or resource["Type"] == "AWS::Lambda::Permission":
+        if owner in (None, name) and (policies or resource["Type"] == "AWS::Lambda::Permission"):
             parts += [*policies, {"Condition": resource.get("Condition")}]
     conditions: set[str] = set()
     while new := {name for part in parts for name in _named(part, template.get("Conditions", {}))} - conditions:

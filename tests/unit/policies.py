@@ -25,7 +25,7 @@ WITHOUT_RESOURCE: dict[str, tuple[str | None, str]] = {
     "ecr:GetAuthorizationToken": (None, "knows neither resource nor condition; the token opens only what IAM allows"),
 }
 # The services that may use the customer's key for a function; logs use it by the key's own policy
-KEY_USERS = {"dynamodb", "sqs", "secretsmanager"}
+KEY_USERS = {"dynamodb", "s3", "sqs", "secretsmanager"}
 # What parliament says that does not hold, by its finding and what it is about, and why
 NOT_A_FAULT = {
     ("NO_VERSION", "FunctionEvery"): "SAM writes schedules' roles so; without variables every version means the same",
@@ -114,7 +114,7 @@ def faults(template: dict[str, Any]) -> set[str]:
     found: set[str] = set()
     checked: set[tuple[Policy, frozenset[str]]] = set()
     for resources in branches(template):
-        found |= {*_role_faults(resources), *_sandbox_faults(resources)}
+        found |= {*_role_faults(resources), *_sandbox_faults(resources), *_bucket_faults(resources)}
         known = frozenset(_known_arns(resources))
         for policy in policies(resources):
             if (policy, known) not in checked:
@@ -167,6 +167,8 @@ def _statement_faults(policy: Policy, known: frozenset[str]) -> Iterator[str]:
         yield f"a policy refers to what tests/unit/cloudformation.py cannot resolve: {policy.text}"
     for statement in policy.statements:
         actions, text = as_list(statement.get("Action", [])), json.dumps(statement)
+        if policy.kind == "resource" and statement["Effect"] == "Deny":
+            continue  # takes away only
         conditions = {key: value for block in statement.get("Condition", {}).values() for key, value in block.items()}
         for forbidden in {"NotAction", "NotResource", "NotPrincipal"} & statement.keys():
             yield f"{forbidden} allows what nobody listed: {text}"
@@ -230,6 +232,7 @@ def _known_arns(resources: Resources) -> Iterator[str]:
             called = resource["Properties"].get(shape.name, name)
             yield from (form.format(called) for form in (shape.arn, shape.ref, *shape.parts))
     yield from (value for values in SAMPLES.values() for value in values if value.startswith("arn:"))
+    yield from (SHAPES["AWS::S3::Bucket"].parts[0].format(name) for name in SAMPLES["Outputs"])
     for definition in _of_type(resources, "AWS::ECS::TaskDefinition").values():
         for container in definition["ContainerDefinitions"]:
             repository = re.fullmatch(
@@ -282,6 +285,27 @@ def _sandbox_faults(resources: Resources) -> Iterator[str]:
                 writes = any(action.startswith("logs:") for action in actions)
                 if writes and {*as_list(statement["Resource"])} != groups:
                     yield f"{role}: writes to more than {sorted(groups)}"
+
+
+def _bucket_faults(resources: Resources) -> Iterator[str]:
+    """A bucket is private, encrypted, and answers over TLS only."""
+    denied = [
+        (statement["Resource"], statement.get("Principal"), statement["Action"])
+        for policy in policies(resources)
+        for statement in policy.statements
+        if policy.kind == "resource"
+        and statement["Effect"] == "Deny"
+        and statement.get("Condition") == {"Bool": {"aws:SecureTransport": "false"}}
+    ]
+    for name, bucket in _of_type(resources, "AWS::S3::Bucket").items():
+        arn = SHAPES["AWS::S3::Bucket"].arn.format(bucket.get("BucketName", name))
+        block = bucket.get("PublicAccessBlockConfiguration", {})
+        if len(block) != 4 or not all(value is True for value in block.values()):
+            yield f"{name}: public access is not blocked"
+        if "BucketEncryption" not in bucket:
+            yield f"{name}: not encrypted"
+        if ([arn, f"{arn}/*"], "*", "s3:*") not in denied:
+            yield f"{name}: answers without TLS"
 
 
 def _of_type(resources: Resources, kind: str) -> dict[str, Any]:

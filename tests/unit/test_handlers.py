@@ -11,10 +11,12 @@ import pytest
 from pydantic import SecretStr
 
 from shared import lifecycle
+from shared.buckets import Post
 from shared.config import Config, Missing
 from shared.launching import LaunchMessage, PutOff
 from shared.metrics import Metric
 from shared.observing import Observer
+from shared.outputs import OutputsPlace
 from shared.record import Phase, Record
 from shared.store import MemoryStore
 from shared.ticketing import Tickets, hash_secret
@@ -24,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TURN = 1_795_500_000_000
 CONTEXT = SimpleNamespace(aws_request_id="request-1", get_remaining_time_in_millis=lambda: 100_000)
 SECRET = "secret-of-the-example"
+PLACE = OutputsPlace("bucket", "fleet", 3, 100, 200, lambda key, least, most: Post(url="u", fields={"key": key}))
 
 
 def app(function: str) -> ModuleType:
@@ -195,7 +198,7 @@ def test_the_observer_takes_a_task_s_states_and_ignores_all_else(
 @pytest.fixture
 def tickets(records: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = app("tickets")
-    parts = Tickets(records, lambda work_id: None, lambda: TURN, None, lambda: "example-callback")
+    parts = Tickets(records, lambda work_id: None, lambda: TURN, None, lambda: "example-callback", PLACE)
     monkeypatch.setattr(module, "tickets", lambda: parts)
     return module
 
@@ -209,6 +212,27 @@ def test_a_ticket_gives_its_session_s_credential_and_the_last_word_ends_the_turn
     assert reply["headers"]["cache-control"] == "no-store"
     assert tickets.handler(sample("tickets_turn_ended"), CONTEXT)["statusCode"] == 202
     assert phase(records) is Phase.STOPPING
+
+
+def test_uploads_are_signed_and_heard_of(tickets: ModuleType, records: MemoryStore) -> None:
+    assert json.loads(tickets.handler(sample("tickets_redeem"), CONTEXT)["body"])["outputs"] is True
+    reply = tickets.handler(sample("tickets_outputs"), CONTEXT)
+    [post] = json.loads(reply["body"])["posts"]
+    key = f"fleet/sesn_01EXAMPLE/{TURN}/1/files/report/summary.txt"
+    assert (post["name"], post["key"], post["fields"]["key"]) == ("report/summary.txt", key, key)
+    assert tickets.handler(sample("tickets_outputs_put"), CONTEXT)["statusCode"] == 202
+    record = records.get("sesn_01EXAMPLE")
+    assert record
+    assert record.outputs
+    assert (record.outputs.files, record.outputs.bytes, record.outputs.problem) == (1, 12, None)
+
+
+@pytest.mark.parametrize("path", ["/outputs", "/outputs-put"])
+@pytest.mark.parametrize(("body", "status"), [("[" * 400_000, 400), ("{}", 400), (None, 400)])
+def test_a_bad_word_on_outputs_is_refused(tickets: ModuleType, path: str, body: str | None, status: int) -> None:
+    assert tickets.handler(sample("tickets_outputs") | {"rawPath": path, "body": body}, CONTEXT)["statusCode"] == status
+    guessed = {"body": sample("tickets_outputs")["body"].replace("example-callback", "guess")}
+    assert tickets.handler(sample("tickets_outputs") | guessed, CONTEXT)["statusCode"] == 403
 
 
 @pytest.mark.parametrize(

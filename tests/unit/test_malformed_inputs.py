@@ -26,7 +26,7 @@ from shared.record import Phase, Record
 from shared.store import MemoryStore
 from shared.ticketing import Tickets
 from shared.webhook import Doorbell
-from tests.unit.test_handlers import CONTEXT, SECRET, TURN, app, launching, sample
+from tests.unit.test_handlers import CONTEXT, PLACE, SECRET, TURN, app, launching, sample
 from tests.unit.test_webhook import KEY, signed
 
 CASES = 400  # of each of six kinds
@@ -177,10 +177,14 @@ def test_tickets_refuse_what_is_malformed() -> None:
     last_word = sample("tickets_turn_ended")
 
     @thorough
-    @given(requests(sample("tickets_redeem"), last_word))
+    @given(requests(sample("tickets_redeem"), last_word, sample("tickets_outputs"), sample("tickets_outputs_put")))
     def refused(event: dict[str, Any]) -> None:
         parts = Tickets(
-            launching(PickyStore()), lambda work_id: None, lambda: TURN, new_secret=lambda: "example-callback"
+            launching(PickyStore()),
+            lambda work_id: None,
+            lambda: TURN,
+            new_secret=lambda: "example-callback",
+            outputs=PLACE,
         )
         module.tickets = lambda: parts  # type: ignore[attr-defined]
         with nothing_told() as told:

@@ -181,7 +181,7 @@ def key_used_directly(t: Template) -> None:
 
 
 def key_used_through_another_service(t: Template) -> None:
-    key_statement(t, "KeeperRole")["Condition"]["StringEquals"]["kms:ViaService"].append("s3.us-east-1.amazonaws.com")
+    key_statement(t, "KeeperRole")["Condition"]["StringEquals"]["kms:ViaService"].append("ec2.us-east-1.amazonaws.com")
 
 
 def any_key(t: Template) -> None:
@@ -244,6 +244,26 @@ def public_queue(t: Template) -> None:
     }
 
 
+def public_bucket(t: Template) -> None:
+    properties(t, "OutputsBucketPolicy")["PolicyDocument"]["Statement"][0]["Effect"] = "Allow"
+
+
+def bucket_whose_access_is_not_blocked(t: Template) -> None:
+    properties(t, "OutputsBucket")["PublicAccessBlockConfiguration"]["BlockPublicPolicy"] = False
+
+
+def bucket_without_encryption(t: Template) -> None:
+    del properties(t, "OutputsBucket")["BucketEncryption"]
+
+
+def outputs_anywhere_in_the_bucket(t: Template) -> None:
+    (policy,) = properties(t, "TicketsRole")["Policies"]
+    (put,) = (
+        s["Fn::If"][1] for s in policy["PolicyDocument"]["Statement"] if s.get("Fn::If", [""])[0] == "KeepOutputs"
+    )
+    put["Resource"] = "arn:aws:s3:::*"
+
+
 def public_function(t: Template) -> None:
     del properties(t, "TicketsFunctionUrlPublicPermissions")["FunctionUrlAuthType"]
 
@@ -297,6 +317,10 @@ def intrinsic_that_cannot_be_read(t: Template) -> None:
         (execution_role_writes_another_log, ["SandboxExecutionRole: writes to more than"]),
         (execution_role_pulls_any_image, ["SandboxExecutionRole: ['ecr:BatchGetImage'"]),
         (public_queue, ["OpenQueue: open to everybody"]),
+        (public_bucket, ["OutputsBucketPolicy: open to everybody", "OutputsBucket: answers without TLS"]),
+        (bucket_whose_access_is_not_blocked, ["OutputsBucket: public access is not blocked"]),
+        (bucket_without_encryption, ["OutputsBucket: not encrypted"]),
+        (outputs_anywhere_in_the_bucket, ["TicketsRole: ['s3:PutObject'] on"]),
         (public_function, ["TicketsFunction: open to everybody"]),
         (function_for_every_rule, ["ObserverFunction: open to a service"]),
         (misspelt_permission, ["parliament UNKNOWN_ACTION: ObserverFunction"]),

@@ -126,7 +126,7 @@ def test_a_stack_that_is_deleted_leaves_at_most_a_bucket(template: Template) -> 
     """Whatever CloudFormation would retain, or refuse to delete while it is not empty."""
     resources: dict[str, Any] = template["Resources"]
     kept = {one["Type"] for one in resources.values() if one.get("DeletionPolicy", "Delete") != "Delete"}
-    assert kept <= {"AWS::S3::Bucket"}
+    assert kept <= {"AWS::S3::Bucket", "AWS::S3::BucketPolicy"}
     [repository] = of_type(template, "AWS::ECR::Repository").values()
     assert repository["EmptyOnDelete"] is True
     [table] = of_type(template, "AWS::DynamoDB::Table").values()
