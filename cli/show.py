@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import typer
 from rich.console import Group
@@ -12,6 +11,7 @@ from rich.live import Live
 
 from cli.stack import Fleet
 from cli.terminal import clock, note, out, print_json, print_json_line, print_row, print_table, say, span, table
+from shared import links as pages
 from shared import wiring
 from shared.config import SHARD
 from shared.diagnose import advice, diagnose
@@ -276,16 +276,4 @@ def links(fleet: Fleet, record: Record) -> dict[str, str]:
     """Pages of the AWS console; none for a local AWS, which has no console."""
     if fleet.is_local or record.task_arn is None:
         return {}
-    region, task = record.task_arn.split(":")[3], record.task_arn.rsplit("/", 1)[-1]
-    cluster = fleet.output("ClusterArn").rsplit("/", 1)[-1]
-    console = f"https://{region}.console.aws.amazon.com"
-    # The console wants its own path encoded twice, with $ for %
-    group, stream = (
-        quote(quote(part, safe=""), safe="").replace("%", "$")
-        for part in (fleet.resource("SandboxLogs"), f"sandbox/sandbox/{task}")
-    )
-    return {
-        "task": f"{console}/ecs/v2/clusters/{cluster}/tasks/{task}?region={region}",
-        "log": f"{console}/cloudwatch/home?region={region}#logsV2:log-groups/log-group/{group}/log-events/{stream}",
-        "loop": f"{console}/states/home?region={region}#/statemachines/view/{fleet.output('StateMachineArn')}",
-    }
+    return pages.links(record.task_arn, fleet.resource("SandboxLogs"), fleet.output("StateMachineArn"))

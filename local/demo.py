@@ -249,6 +249,8 @@ class Demo:
             for turn in record.get("history", ()):
                 if turn["outcome"] != case.outcome:
                     found.append(f"{case.name}: its earlier turn ended {turn['outcome']}, must be {case.outcome}")
+            if case.outcome == "completed" and record["links"].keys() != {"task", "log", "loop"}:
+                found.append(f"{case.name}: its record does not say where its sandbox is: {record['links']}")
             session = sessions.get(case.work_id)
             if session and case.outcome == "completed":
                 if session["mismatches"]:

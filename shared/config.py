@@ -30,6 +30,7 @@ class Config(BaseModel):
     webhook_secret_arn: str = ""
     queue_url: str = ""
     state_machine_arn: str = ""
+    sandbox_log_group: str = ""
     cluster_arn: str = ""
     task_definition_arn: str = ""
     task_definition_2_arn: str = ""  # of SandboxImage2 and SandboxImage3, for size classes that name them

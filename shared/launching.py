@@ -11,14 +11,15 @@ from shared import breaker, lifecycle
 from shared.config import Config
 from shared.diagnose import LaunchProblem, advice
 from shared.lifecycle import StopWish, WorkId
+from shared.links import links
 from shared.log import log, log_fields
 from shared.metrics import Metric, emit
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import LaunchFailed, Sandboxes
 from shared.store import Conflict, Store, change
 from shared.ticketing import hash_secret
-from shared.wishes import Wishes, unknown_keys, wishes_in
-from shared.work_api import TryAgain, WorkApi
+from shared.wishes import LONGEST_VALUE, PREFIX, Wishes, unknown_keys, wishes_in
+from shared.work_api import TryAgain, WorkApi, WorkApiError
 
 
 class LaunchMessage(BaseModel):
@@ -30,6 +31,7 @@ class LaunchMessage(BaseModel):
     attempt: int
 
 
+FORBIDDEN = 403
 LAUNCHES_A_SECOND = 10  # of one launcher: RunTask's sustained 20/s is shared by the two that the template allows
 _LONGEST_REASON = 300
 _NO_ROOM = (LaunchProblem.CAPACITY, LaunchProblem.QUOTA)  # Spot and on-demand capacity have a quota each
@@ -49,6 +51,7 @@ class Launcher:
     new_ticket: Callable[[], str] = lambda: secrets.token_urlsafe(32)
     sleep: Callable[[float], None] = time.sleep
     _next_launch_at: int = field(default=0, init=False)
+    _may_tell: bool = field(default=True, init=False)
 
     def launch(self, message: LaunchMessage) -> None:
         """Launch, or drop a message whose moment is over. Raises PutOff; other errors are retried as well."""
@@ -171,10 +174,15 @@ class Launcher:
         log.error("launch failed for good", **log_fields(stopping or message), reason=why)
 
     def _store_arn(self, message: LaunchMessage, arn: str) -> None:
+        where = links(arn, self.config.sandbox_log_group, self.config.state_machine_arn)
+
         def fill_in(record: Record) -> Record | None:
-            if not lifecycle.is_current(record, message.turn, message.attempt) or record.task_arn:
+            if not lifecycle.is_current(record, message.turn, message.attempt):
                 return None
-            return record.noted(self.now(), "task started", task_arn=arn)
+            if record.task_arn is None:
+                return record.noted(self.now(), "task started", task_arn=arn, links=where)
+            missing = record.task_arn == arn and record.links != where  # its event came first
+            return record.model_copy(update={"links": where}) if missing else None
 
         stored = change(self.store, message.work_id, fill_in) or self.store.get(message.work_id)
         current = stored and lifecycle.is_current(stored, message.turn, message.attempt)
@@ -182,4 +190,17 @@ class Launcher:
             self.sandboxes.stop(arn, "the turn was over before its sandbox had started")
             log.info("stopped our own task: the turn was over", **log_fields(message), task=arn)
             return
-        log.info("launched", **log_fields(stored), size=stored.size and stored.size.name)
+        log.info("launched", **log_fields(stored), size=stored.size and stored.size.name, links=stored.links)
+        self._tell(stored)
+
+    def _tell(self, record: Record) -> None:
+        """The links into the work item's metadata, where the API lets us; it may be asked once a process (W§8)."""
+        token = record.sessions_token()
+        if not self._may_tell or token is None or not record.links:
+            return
+        told = {PREFIX + name: page for name, page in record.links.items() if len(page) <= LONGEST_VALUE}
+        try:
+            self.api.update(record.work_id, told, token=token)
+        except WorkApiError as error:
+            self._may_tell = error.status != FORBIDDEN
+            log.info("the work item's metadata does not get the links", **log_fields(record), error=error.message)

@@ -532,6 +532,7 @@ def _next_attempt(record: Record, now: int, why: str, *, interrupted: bool, no_r
         sandbox_wanted_since=record.sandbox_wanted_since if no_room else now,
         started_by=None,
         task_arn=None,
+        links={},
         launch_until=None,
         event_version=0,
         running_since=None,

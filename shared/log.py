@@ -17,6 +17,7 @@ KEYS = {
     "attempt": "which sandbox of the turn",
     "phase": "the record's, after what the line tells",
     "task": "ARN of the sandbox's task",
+    "links": "pages of the AWS console: task, log, loop",
     "reason": "why, in words",
     "error": "what a call or library said",
     "outcome": "how a turn ended (record.Outcome)",

@@ -134,6 +134,7 @@ class Record(BaseModel):
     # the sandbox of this attempt
     started_by: str | None = None
     task_arn: str | None = None
+    links: dict[str, str] = {}  # pages of the AWS console: task, log, loop (links.py)
     launch_until: int | None = None
     event_version: int = 0
     running_since: int | None = None

@@ -30,6 +30,7 @@ NO_HEARTBEAT = "NO_HEARTBEAT"
 """The expected value that claims an item which was never beaten (W§6.2)."""
 
 _CALL_SECONDS = 10.0
+_BRIEF_SECONDS = 3.0  # of what a launch waits for
 _READ_TRIES = 3
 _LONGEST_WAIT_SECONDS = 10.0
 _NOT_IDS = frozenset({"", ".", "..", "poll", "stats"})  # they would address another endpoint (W§1)
@@ -352,10 +353,25 @@ class WorkApi:
         what, path = f"retrieve of {work_id}", f"/{_segment(work_id)}"
         return self._retrying(lambda: self._read(Work, self._send("GET", path, what), what))
 
-    def update(self, work_id: str, metadata: Mapping[str, str | None]) -> Work:
-        """Set metadata keys, delete those given as None, keep the rest (W§7.2); needs an organisation key."""
+    def update(
+        self,
+        work_id: str,
+        metadata: Mapping[str, str | None],
+        *,
+        token: SecretStr | None = None,
+    ) -> Work:
+        """Set metadata keys, delete those given as None, keep the rest (W§7.2); needs an organisation key.
+
+        With `token`, its session's own, one brief attempt.
+        """
         what, path, body = f"update of {work_id}", f"/{_segment(work_id)}", {"metadata": dict(metadata)}
-        return self._retrying(lambda: self._read(Work, self._send("POST", path, what, json=body), what))
+        seconds = _CALL_SECONDS if token is None else _BRIEF_SECONDS
+
+        def update() -> Work:
+            reply = self._send("POST", path, what, json=body, credential=token, timeout_seconds=seconds)
+            return self._read(Work, reply, what)
+
+        return self._retrying(update) if token is None else update()
 
     def list(self, *, limit: int = 100, page: str | None = None) -> WorkPage:
         """Read one page of at most `limit` (1..100) items; `page` is a previous page's `next_page` (W§9)."""
@@ -399,12 +415,10 @@ class WorkApi:
 
         return self._retrying(read)
 
-    def session(self, session_id: str, *, token: SecretStr | None = None, timeout_seconds: float = 3.0) -> Session:
+    def session(self, session_id: str, *, token: SecretStr | None = None) -> Session:
         """Read a session, once and briefly; with its own token, else with the key (W§8)."""
         what, url = f"session {session_id}", f"{self._sessions}/{_segment(session_id)}"
-        return self._read(
-            Session, self._send("GET", url, what, credential=token, timeout_seconds=timeout_seconds), what
-        )
+        return self._read(Session, self._send("GET", url, what, credential=token, timeout_seconds=_BRIEF_SECONDS), what)
 
     def interrupt(self, session_id: str) -> None:
         """Queue the work of a stuck session again (W§3); one attempt, with an organisation key."""

@@ -53,6 +53,9 @@ class Switches(BaseModel):
     list_org_key: Literal["403", "200"] = Field("403", description="the list under the organisation key")
     org_key: Literal["403", "401"] = Field("403", description="poll, ack and heartbeat under the organisation key")
     secret: Literal["given", "null"] = Field("given", description="the secret of a polled item")
+    update: Literal["org_key", "anybody"] = Field(
+        "org_key", description="who may update an item; anybody: the environment key and its sessions token as well"
+    )
     credential_events: Literal["accepted", "refused"] = Field(
         "accepted", description="a tool result posted under a sessions token; refused: 403"
     )

@@ -370,3 +370,23 @@ def test_a_session_s_metadata_is_the_same_to_the_sdk_and_to_the_launcher(emulato
                 api.session(session_id)
 
     run(emulator, body)
+
+
+def test_the_launcher_s_word_on_an_item_is_refused_unless_the_api_lets_its_session_s_token_say_it(
+    emulator: RunningEmulator,
+) -> None:
+    """W§8: no credential of the stack may update; should that change, the links arrive."""
+    new_session(emulator)
+
+    async def body(client: AsyncAnthropic) -> None:
+        [item] = await drained(emulator, client)
+        record = Record(work_id="w", environment_id="e", kind="session", turn=1, phase=Phase.HELD, secret=item.secret)
+        with contextlib.closing(WorkApi(emulator.url, emulator.environment_id, lambda: SecretStr(""))) as api:
+            with pytest.raises(NotAllowed) as refused:
+                api.update(item.id, {"sandbox-fleet.task": "page"}, token=record.sessions_token())
+            assert refused.value.status == 403
+            emulator.control("POST", "switches", {"update": "anybody"})
+            told = api.update(item.id, {"sandbox-fleet.task": "page"}, token=record.sessions_token())
+            assert told.metadata == {"sandbox-fleet.task": "page"}
+
+    run(emulator, body)

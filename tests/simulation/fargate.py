@@ -178,7 +178,9 @@ class Fargate:
             if known.request != request:
                 raise client_error("ConflictException", "another request", resourceIds=[known.arn])
             return {"tasks": [known.described()], "failures": []}
-        task = Task(f"arn:task/{len(self.ever) + 1}", started_by, request, self.machine.now)
+        task = Task(
+            f"arn:aws:ecs:us-east-1:123456789012:task/c/{len(self.ever) + 1}", started_by, request, self.machine.now
+        )
         spot = task.provider == "FARGATE_SPOT"
         no_spot = spot and self.outside.faults.happens(self.machine, 0.1, "no Spot capacity")
         if self.machine.now < self.full_until or no_spot:

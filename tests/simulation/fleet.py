@@ -96,6 +96,7 @@ CONFIG = Config(
 
 SECRET_START = base64.urlsafe_b64encode(b'{"sessions_token').decode()[:16]
 A_MOMENT_MS = 180_000  # a beat, two runs of the poller to restart a dead loop, and the stopper's rounds
+MOST_REFUSALS = 3  # that a launcher asks for, replies that were lost included
 HUNG_FOR_MS = 2_000_000  # a stall's time-out and three rounds, two of which go wrong: long before the wall clock
 
 
@@ -486,6 +487,8 @@ class Fleet:
             charged = sum(entry.sandboxes for entry in record.spent) + record.spent_untold
             if charged > self.ran[session.work_id]:
                 self.violations.append(f"{session.work_id}: {charged} sandboxes charged, some twice")
+        if self.transport.refused > MOST_REFUSALS:
+            self.violations.append("the API was asked again and again for what it had refused")
         if self.messages.dead:
             self.violations.append(f"dead letters: {self.messages.dead}")
 
@@ -665,6 +668,7 @@ class Fleet:
             self._check_stop,
             self._events_of,
             lambda session_id: self.sessions[session_id].metadata,
+            may_update=self.seed % 2 == 0,
         )
 
     def _build_functions(self) -> None:

@@ -159,6 +159,8 @@ class ApiTransport(httpx.BaseTransport):
     metadata_of: Callable[[str], dict[str, str]]
     calls: list[tuple[int, str]] = field(default_factory=list)
     away_until: int = 0
+    may_update: bool = False
+    refused: int = 0  # updates
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         machine = self.outside.machine
@@ -187,7 +189,9 @@ class ApiTransport(httpx.BaseTransport):
 
     def _answer(self, call: str, work_id: str, request: httpx.Request) -> httpx.Response:
         credential = request.headers["authorization"].removeprefix("Bearer ")
-        if credential not in self.keys and not (call in ("events", "session") and credential == f"SECRET-{work_id}"):
+        if credential not in self.keys and not (
+            call in ("events", "session", "update") and credential == f"SECRET-{work_id}"
+        ):
             return httpx.Response(401, json={"error": {"message": "unknown key"}})
         try:
             return httpx.Response(200, json=self._do(call, work_id, request))
@@ -215,6 +219,11 @@ class ApiTransport(httpx.BaseTransport):
                 return reply
             case "stop":
                 return self.queue.stop(work_id, force=bool(json.loads(request.content or b"{}").get("force"))).body()
+            case "update":
+                if not self.may_update:
+                    self.refused += 1
+                    raise Refusal(403, "not within the token's scope")
+                return self.queue.update(work_id, json.loads(request.content)["metadata"]).body()
             case "list":
                 return self.queue.list(int(query.get("limit", 20)), query.get("page"))
             case "stats":
@@ -256,7 +265,8 @@ def _route(request: httpx.Request) -> tuple[str, str]:
     parts = request.url.path.split("/work", 1)[1].strip("/").split("/")
     if parts[0] in ("poll", "stats"):
         return parts[0], ""
-    return ("list", "") if parts == [""] else (parts[1] if len(parts) > 1 else "retrieve", parts[0])
+    alone = "update" if request.method == "POST" else "retrieve"
+    return ("list", "") if parts == [""] else (parts[1] if len(parts) > 1 else alone, parts[0])
 
 
 # --- DynamoDB -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 from unittest.mock import patch
 
+import shared.launching
 from shared import breaker, lifecycle, progress
 from shared.claiming import Claimer
 from shared.config import SHARD
@@ -262,6 +263,10 @@ def _a_class_s_image_counted_for_all(stack: ExitStack) -> None:
 
 def _the_first_class_for_everybody(stack: ExitStack) -> None:
     stack.enter_context(patch.object(lifecycle, "granted_size", lambda _, config: config.size_classes["small"]))
+
+
+def _asks_on_for_what_was_refused(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(shared.launching, "FORBIDDEN", 0))
 
 
 def _metadata_forgotten_by_the_next_attempt(stack: ExitStack) -> None:

@@ -222,6 +222,10 @@ CASES: dict[str, tuple[Callable[[Probe], Any], dict[str, Any]]] = {
     "list_org_key": (lambda p: p.call("GET", WORK, key=ORG_KEY).status_code, {"403": 403, "200": 200}),
     "org_key": (lambda p: p.call("GET", f"{WORK}/poll", key=ORG_KEY).status_code, {"403": 403, "401": 401}),
     "secret": (lambda p: p.poll().json()["secret"] is None, {"given": False, "null": True}),
+    "update": (
+        lambda p: p.call("POST", f"{WORK}/{p.id}", {"metadata": {"a": "1"}}).status_code,
+        {"org_key": 403, "anybody": 200},
+    ),
     "credential_events": (_tool_result_by_token, {"accepted": 200, "refused": 403}),
     "credential_lifetime": (_old_token, {"unlimited": 200, "hour": 401}),
     "stop_reply": (_two_stops, {"item": (200, 200), "204": (204, 204), "409": (200, 409)}),

@@ -36,6 +36,10 @@ SECRET = base64.urlsafe_b64encode(b'{"sessions_token": "SESSION-TOKEN"}').decode
 MESSAGE = LaunchMessage(work_id="w", turn=NOW, attempt=1)
 
 
+def arn_of(token: str) -> str:
+    return f"arn:aws:ecs:us-east-1:123456789012:task/c/{token[:8]}"
+
+
 class _Body(io.BytesIO):
     def stream(self, **_: object) -> Iterator[bytes]:
         yield self.read()
@@ -68,7 +72,7 @@ class Ecs:
 
     def _run(self, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         token = asked["clientToken"]
-        arn = f"arn:task/{token[:8]}"
+        arn = arn_of(token)
         if self.tasks.setdefault(token, asked) != asked:
             return 400, {"__type": "ConflictException", "message": "another request", "resourceIds": [arn]}
         return 200, {"tasks": [{"taskArn": arn}], "failures": []}
@@ -83,6 +87,13 @@ class Sessions:
     def __init__(self) -> None:
         self.told: dict[str, Any] | Exception = {}
         self.asked: list[tuple[str, SecretStr | None]] = []
+        self.updates: list[tuple[str, dict[str, str], SecretStr | None]] = []
+        self.refuses: Exception | None = None
+
+    def update(self, work_id: str, metadata: dict[str, str], *, token: SecretStr | None = None) -> None:
+        self.updates.append((work_id, metadata, token))
+        if self.refuses:
+            raise self.refuses
 
     def session(self, session_id: str, *, token: SecretStr | None = None) -> Session:
         self.asked.append((session_id, token))
@@ -265,7 +276,7 @@ def test_a_launch_whose_reply_was_lost_finds_its_task_again(room: Room) -> None:
     assert first["clientToken"] == second["clientToken"]
     assert first["startedBy"] == second["startedBy"] == f"w/{NOW}/1"
     [token] = room.ecs.tasks
-    assert room.record().task_arn == f"arn:task/{token[:8]}"
+    assert room.record().task_arn == arn_of(token)
 
 
 def test_two_launchers_of_one_message_start_one_task(room: Room) -> None:
@@ -274,7 +285,7 @@ def test_two_launchers_of_one_message_start_one_task(room: Room) -> None:
     room.launcher.launch(MESSAGE)
     assert len(room.ecs.requests()) == 2
     [token] = room.ecs.tasks
-    assert room.record().task_arn == f"arn:task/{token[:8]}"
+    assert room.record().task_arn == arn_of(token)
     assert room.ecs.requests("StopTask") == []
 
 
@@ -409,3 +420,51 @@ def test_a_class_that_is_not_listed_gets_the_default(room: Room, size: str) -> N
     assert asked["overrides"].keys() == {"containerOverrides"}
     assert asked["taskDefinition"] == "definition"
     assert room.record().size is None
+
+
+# --- where is it? -----------------------------------------------------------------------------------------------
+
+
+def next_attempt(room: Room) -> None:
+    attempt = room.record().attempt
+    room.told("STOPPED", 3, exit_code=1, attempt=attempt)
+    room.launcher.launch(MESSAGE.model_copy(update={"attempt": attempt + 1}))
+
+
+def test_the_record_and_the_work_item_say_where_the_sandbox_of_each_attempt_is(room: Room) -> None:
+    room.launcher.launch(MESSAGE)
+    first = room.record().links
+    assert first.keys() == {"task", "log", "loop"}
+    told = {f"sandbox-fleet.{name}": page for name, page in first.items()}
+    assert room.sessions.updates == [("w", told, SecretStr("SESSION-TOKEN"))]
+    next_attempt(room)
+    assert room.record().links["task"] != first["task"]
+    assert room.sessions.updates[-1][1]["sandbox-fleet.task"] == room.record().links["task"]
+
+
+def test_an_event_that_comes_first_keeps_no_record_without_its_links(room: Room) -> None:
+    def running() -> None:
+        arn = arn_of(room.ecs.requests()[0]["clientToken"])
+        task = {"taskArn": arn, "startedBy": f"w/{NOW}/1", "lastStatus": "RUNNING", "version": 2}
+        room.observer.observe({**task, "containers": [{"name": "sandbox"}]})
+
+    room.ecs.inside = running
+    room.launcher.launch(MESSAGE)
+    assert room.record().phase is Phase.RUNNING
+    assert room.record().links
+
+
+def test_a_403_to_an_update_turns_it_off_and_fails_nothing(room: Room) -> None:
+    room.sessions.refuses = NotAllowed("403", status=403)
+    room.launcher.launch(MESSAGE)
+    next_attempt(room)
+    assert room.record().task_arn
+    assert len(room.sessions.updates) == 1
+
+
+@pytest.mark.parametrize("error", [Busy("503", status=503), NotAllowed("401", status=401), Gone("404", status=404)])
+def test_any_other_fault_leaves_the_next_launch_to_try(room: Room, error: Exception) -> None:
+    room.sessions.refuses = error
+    room.launcher.launch(MESSAGE)
+    next_attempt(room)
+    assert len(room.sessions.updates) == 2
