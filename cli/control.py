@@ -6,8 +6,9 @@ Each writes a wish by shared's rules or has a function of the stack act; none ac
 import json
 import os
 import re
-from dataclasses import asdict
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import typer
 from pydantic import SecretStr, ValidationError
@@ -24,6 +25,7 @@ from shared.work_api import WorkApi
 ID = Annotated[str, typer.Argument(metavar="ID", help="A session's or a work item's id.")]
 YES = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 TIMEOUT = Annotated[int, typer.Option(help="Seconds to wait at most.")]
+WAITS, OVER, MALFORMED = "waits", "over", "malformed"
 _CLAIM_SECONDS = 150  # a poller's claim lock is over then
 _LOOK_SECONDS = 30  # how long messages that were looked at stay hidden from other readers
 _MOST_LETTERS = 100
@@ -203,40 +205,50 @@ def redrive(
     """
     fleet: Fleet = ctx.obj
     letters = _letters(fleet)
-    if fleet.json and not letters:
-        print_json([])
-        return
-    if not letters:
-        say("No dead letters.")
-        return
-    again = [letter for letter in letters if letter["verdict"] == "waits"]
-    lost = [letter for letter in letters if letter["verdict"] != "waits"] if drop else []
-    if not fleet.json:
-        rows = [(letter["sent"], letter["verdict"], letter["why"], letter["body"]) for letter in letters]
-        print_table(("SENT", "VERDICT", "WHY", "BODY"), rows)
+    again = [letter for letter in letters if letter.verdict == WAITS]
+    lost = [letter for letter in letters if letter.verdict != WAITS] if drop else []
+    if letters and not fleet.json:
+        print_table(("SENT", "VERDICT", "WHY", "BODY"), [letter.row() for letter in letters])
     sqs, dead, gone = fleet.client("sqs"), fleet.output("DlqUrl"), set[str]()
     try:
         if again or lost:
             confirm(f"Send {len(again)} again and delete {len(lost)}?", yes=yes)
         for letter in again:
-            sqs.send_message(QueueUrl=fleet.output("QueueUrl"), MessageBody=letter["message"])
+            sqs.send_message(QueueUrl=fleet.output("QueueUrl"), MessageBody=letter.body)
         for letter in (*again, *lost):
-            sqs.delete_message(QueueUrl=dead, ReceiptHandle=letter["receipt"])
-            gone.add(letter["receipt"])
+            sqs.delete_message(QueueUrl=dead, ReceiptHandle=letter.receipt)
+            gone.add(letter.receipt)
     finally:  # what stays is to be seen by the next look
         for letter in letters:
-            if letter["receipt"] not in gone:
-                sqs.change_message_visibility(QueueUrl=dead, ReceiptHandle=letter["receipt"], VisibilityTimeout=0)
-    shown = [{name: letter[name] for name in ("sent", "verdict", "why", "body")} for letter in letters]
+            if letter.receipt not in gone:
+                sqs.change_message_visibility(QueueUrl=dead, ReceiptHandle=letter.receipt, VisibilityTimeout=0)
     if fleet.json:
-        print_json(shown)
+        print_json([dict(zip(("sent", "verdict", "why", "body"), letter.row(), strict=True)) for letter in letters])
+    elif letters:
+        say(f"{len(again)} sent again, {len(lost)} deleted, {len(letters) - len(gone)} left.")
     else:
-        say(f"{len(again)} sent again, {len(lost)} deleted, {len(letters) - len(again) - len(lost)} left.")
+        say("No dead letters.")
 
 
-def _letters(fleet: Fleet) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Letter:
+    """A message of the dead-letter queue that was looked at; `receipt` deletes it."""
+
+    sent_at: int
+    body: str
+    receipt: str
+    verdict: str
+    why: str
+
+    def row(self) -> tuple[str, str, str, str]:
+        """For people: the body short, and without what looks like a token."""
+        shown = _TOKEN_LIKE.sub("[hidden]", " ".join(self.body.split()))[:80]
+        return clock(self.sent_at), self.verdict, self.why, shown
+
+
+def _letters(fleet: Fleet) -> list[Letter]:
     """Up to _MOST_LETTERS, hidden from others for a while; each with what to do about it."""
-    sqs, found = fleet.client("sqs"), dict[str, dict[str, Any]]()
+    sqs, found = fleet.client("sqs"), dict[str, Letter]()
     while len(found) < _MOST_LETTERS:
         reply = sqs.receive_message(
             QueueUrl=fleet.output("DlqUrl"),
@@ -248,32 +260,28 @@ def _letters(fleet: Fleet) -> list[dict[str, Any]]:
         if not fresh:
             break
         for message in fresh:
-            body = str(message["Body"])
-            verdict, why = judge_letter(fleet.store.get, body)
-            sent = int(message.get("Attributes", {}).get("SentTimestamp", 0))
-            shown = _TOKEN_LIKE.sub("[hidden]", " ".join(body.split()))[:80]
-            found[message["MessageId"]] = {
-                **{"sent": clock(sent), "verdict": verdict, "why": why, "body": shown},
-                **{"message": body, "receipt": message["ReceiptHandle"]},
-            }
+            verdict, why = judge_letter(fleet.store.get, str(message["Body"]))
+            sent_at = int(message.get("Attributes", {}).get("SentTimestamp", 0))
+            receipt = str(message["ReceiptHandle"])
+            found[message["MessageId"]] = Letter(sent_at, str(message["Body"]), receipt, verdict, why)
     return list(found.values())
 
 
-def judge_letter(get: Any, body: str) -> tuple[str, str]:
-    """`waits`, `over` or `malformed`, and why; `get` reads a record."""
+def judge_letter(get: Callable[[str], Record | None], body: str) -> tuple[str, str]:
+    """WAITS, OVER or MALFORMED, and why; `get` reads a record."""
     try:
         message = LaunchMessage.model_validate_json(body)
     except ValidationError as error:
         wrong = sorted({".".join(map(str, part["loc"])) or "the whole body" for part in error.errors()})
-        return "malformed", f"wrong or missing: {', '.join(wrong)}"
-    record: Record | None = get(message.work_id)
+        return MALFORMED, f"wrong or missing: {', '.join(wrong)}"
+    record = get(message.work_id)
     if record is None:
-        return "over", "no record of it is kept"
+        return OVER, "no record of it is kept"
     if not lifecycle.is_current(record, message.turn, message.attempt):
-        return "over", "its turn or attempt is over"
+        return OVER, "its turn or attempt is over"
     if not lifecycle.waits_for_launch(record):
-        return "over", f"it is {record.phase} already"
-    return "waits", "its turn waits for a sandbox"
+        return OVER, f"it is {record.phase} already"
+    return WAITS, "its turn waits for a sandbox"
 
 
 def repair(ctx: typer.Context, yes: YES = False) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -202,50 +201,46 @@ def lease_in_words(lease: Lease, now: int) -> str:
     return f"{span(lease.deadline(0) - now)} left, last beat accepted {span(now - lease.accepted_sent_at)} ago"
 
 
-@dataclass(frozen=True)
-class _Told:
-    state: str
-    to_do: str | None = None
+Told = tuple[str, str | None]
 
 
-def story(record: Record, task: Mapping[str, Any] | None, breaker: Breaker, now: int) -> tuple[str, str | None]:
+def story(record: Record, task: Mapping[str, Any] | None, breaker: Breaker, now: int) -> Told:
     """Where the turn stands, in words, and what to do about it (None: nothing)."""
-    told = _live(record, task, breaker, now) if record.is_live else _ended(record, task)
-    return told.state, told.to_do
+    return _live(record, task, breaker, now) if record.is_live else _ended(record, task)
 
 
-def _live(record: Record, task: Mapping[str, Any] | None, breaker: Breaker, now: int) -> _Told:
+def _live(record: Record, task: Mapping[str, Any] | None, breaker: Breaker, now: int) -> Told:
     since = span(now - record.timeline[-1].at) if record.timeline else span(now - record.turn)
     match record.phase:
         case Phase.RECEIVED:
-            return _Told(f"offered by the queue and being claimed for {since}", "Nothing: it is repaired by itself.")
+            return f"offered by the queue and being claimed for {since}", "Nothing: it is repaired by itself."
         case Phase.HELD | Phase.LAUNCHING:
             return _waiting(record, task, breaker, since)
         case Phase.STOPPING:
             dead = "its sandbox is dead" if record.dead else "its sandbox is being ended"
-            return _Told(f"stopping: {record.stop_reason}; {dead}; {since} since the last step")
+            return f"stopping: {record.stop_reason}; {dead}; {since} since the last step", None
     running = span(now - (record.running_since or now))
     if record.restart_reason:
-        return _Told(f"its sandbox is being replaced: {record.restart_reason}")
+        return f"its sandbox is being replaced: {record.restart_reason}", None
     if record.waits_for:
         waited = span(now - (record.waiting_since or now))
-        return _Told(f"runs for {running}; waits for {record.waits_for} for {waited}", "Answer it in the session.")
+        return f"runs for {running}; waits for {record.waits_for} for {waited}", "Answer it in the session."
     progress = f"; last sign of progress {span(now - record.progress_at)} ago" if record.progress_at else ""
-    return _Told(f"runs for {running}{progress}")
+    return f"runs for {running}{progress}", None
 
 
-def _waiting(record: Record, task: Mapping[str, Any] | None, breaker: Breaker, since: str) -> _Told:
+def _waiting(record: Record, task: Mapping[str, Any] | None, breaker: Breaker, since: str) -> Told:
     if breaker.opened_at is not None:
         reason = f"held: no sandbox can be started at present ({breaker.reason})"
-        return _Told(reason, "Mend the cause; one launch a minute tries whether it is mended.")
+        return reason, "Mend the cause; one launch a minute tries whether it is mended."
     if task is not None:
-        return _Told(f"its sandbox is {task.get('lastStatus')} for {since}")
+        return f"its sandbox is {task.get('lastStatus')} for {since}", None
     if record.put_off:
-        return _Told(f"waits for a sandbox: {record.put_off}; {since} since the last try", advice(record.put_off))
-    return _Told(f"waits for a sandbox for {since}")
+        return f"waits for a sandbox: {record.put_off}; {since} since the last try", advice(record.put_off)
+    return f"waits for a sandbox for {since}", None
 
 
-def _ended(record: Record, task: Mapping[str, Any] | None) -> _Told:
+def _ended(record: Record, task: Mapping[str, Any] | None) -> Told:
     outcome = record.outcome or Outcome.STOPPED
     state = f"ended {outcome}"
     if record.reason:
@@ -256,7 +251,7 @@ def _ended(record: Record, task: Mapping[str, Any] | None) -> _Told:
         found = diagnose(task)
         state += f"; ECS: {found.summary}, {found.detail}"
     to_do = _ENDS.get(outcome)
-    return _Told(state, to_do.format(id=record.work_id) if to_do else None)
+    return state, to_do.format(id=record.work_id) if to_do else None
 
 
 def turn_line(number: int, turn: Record | PastTurn) -> str:
