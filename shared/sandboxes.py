@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,10 @@ from shared.sizes import SizeClass
 
 if TYPE_CHECKING:
     from types_boto3_ecs import ECSClient
-    from types_boto3_ecs.type_defs import TaskOverrideTypeDef
+    from types_boto3_ecs.type_defs import TagTypeDef, TaskOverrideTypeDef
 
 CONTAINER = "sandbox"
+_TAG_VALUE = re.compile(r"[A-Za-z0-9 _.:/=+@-]{1,256}")  # what every service takes
 FREE_DISK = 20  # GiB that every task on Fargate has
 DESCRIBED_AT_ONCE = 100  # the most that DescribeTasks takes (FIELD_NOTES 18)
 
@@ -75,7 +77,7 @@ class Sandboxes:
                     ],
                     **_machine(record.size),
                 },
-                tags=[{"key": "sandbox-fleet:work-id", "value": record.work_id}],
+                tags=_tags(record),
             )
         except ClientError as error:
             return _arn_of_twin(error)
@@ -121,6 +123,16 @@ class Sandboxes:
             )
             found += reply["taskArns"]
         return found
+
+
+def _tags(record: Record) -> "list[TagTypeDef]":
+    """For cost allocation. An id that no tag may hold is left out: RunTask would refuse the task for it."""
+    named = {"environment-id": record.environment_id, "session-id": record.session_id, "work-id": record.work_id}
+    return [
+        {"key": f"sandbox-fleet:{name}", "value": value}
+        for name, value in named.items()
+        if value and _TAG_VALUE.fullmatch(value)
+    ]
 
 
 def _machine(size: SizeClass | None) -> "TaskOverrideTypeDef":

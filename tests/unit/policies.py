@@ -22,6 +22,10 @@ from tests.unit.cloudformation import PSEUDO, SAMPLES, SHAPES, Resources, branch
 # Actions for which AWS knows no resource, so that only "*" can be said, and the condition that must bound each
 WITHOUT_RESOURCE: dict[str, tuple[str | None, str]] = {
     "ecs:ListTasks": ("ecs:cluster", "its only resource type is a container instance, which Fargate has none of"),
+    "xray:PutTraceSegments": (None, "knows no resource: a trace is the account's; it only writes"),
+    "xray:PutTelemetryRecords": (None, "as PutTraceSegments"),
+    "xray:GetSamplingRules": (None, "knows no resource that all of X-Ray's data agree on; it reads how much to trace"),
+    "xray:GetSamplingTargets": (None, "as GetSamplingRules"),
     "ecr:GetAuthorizationToken": (None, "knows neither resource nor condition; the token opens only what IAM allows"),
 }
 # The services that may use the customer's key for a function; logs use it by the key's own policy

@@ -107,3 +107,18 @@ def test_launches_keep_to_ten_a_second_and_wait_before_the_record_is_written() -
     with pytest.raises(PutOff):
         parts.launch(MESSAGE)
     assert at == [0, 100, 200, 300, 10_000]
+
+
+@pytest.mark.parametrize(("session_id", "tagged"), [("sesn_1", "sesn_1"), ("sesn 1 %", None), (None, None)])
+def test_a_task_carries_its_environment_session_and_item_for_cost_allocation(
+    session_id: str | None, tagged: str | None
+) -> None:
+    """RunTask would refuse the whole task for a tag that it cannot hold: such an id is left out."""
+    ecs: Any = Ecs()
+    record = HELD.model_copy(update={"session_id": session_id})
+    Sandboxes(ecs, CONFIG).run(record, "ticket")
+    [request] = ecs.asked
+    named = {"environment-id": record.environment_id, "session-id": tagged, "work-id": record.work_id}
+    assert {tag["key"]: tag["value"] for tag in request["tags"]} == {
+        f"sandbox-fleet:{name}": value for name, value in named.items() if value
+    }

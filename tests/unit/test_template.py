@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import pytest
+from cfnlint.schema.manager import PROVIDER_SCHEMA_MANAGER
 
 from tests.unit import cloudformation, policies
 
@@ -131,3 +132,45 @@ def test_a_stack_that_is_deleted_leaves_at_most_a_bucket(template: Template) -> 
     assert repository["EmptyOnDelete"] is True
     [table] = of_type(template, "AWS::DynamoDB::Table").values()
     assert not table.get("DeletionProtectionEnabled")
+
+
+# --- cost allocation, traces -------------------------------------------------------------------------------------
+
+TAG = {"Key": "sandbox-fleet:environment-id", "Value": {"Ref": "EnvironmentId"}}
+
+
+def takes_tags(kind: str) -> bool:
+    """By AWS's own schema of the type."""
+    schema = PROVIDER_SCHEMA_MANAGER.get_resource_schema("us-east-1", kind).schema
+    tagging = schema.get("tagging", {"taggable": "Tags" in schema["properties"]})
+    return bool(tagging["taggable"]) and "Tags" in schema["properties"]
+
+
+def test_every_resource_that_takes_tags_has_the_environment_s(template: Template) -> None:
+    untagged, tagged = [], 0
+    for name, resource in template["Resources"].items():
+        if resource["Type"].startswith("Custom::") or not takes_tags(resource["Type"]):
+            continue
+        tags = resource.get("Properties", {}).get("Tags", [])
+        tagged += TAG in tags
+        untagged += [] if TAG in tags else [f"{name} ({resource['Type']})"]
+    # SAM passes a function's tags on to its schedules' roles alone; neither of these is charged for
+    assert untagged == [
+        "LauncherFunctionHeld (AWS::Lambda::EventSourceMapping)",
+        "ObserverFunctionTaskState (AWS::Events::Rule)",
+    ]
+    assert tagged > 80
+
+
+def test_every_function_and_the_loop_are_traced_and_none_brings_an_sdk_for_it(template: Template) -> None:
+    """AWS_FACTS: importing the Powertools Tracer costs more than the rest of a cold start."""
+    functions = of_type(template, "AWS::Lambda::Function")
+    assert [name for name, one in functions.items() if one.get("TracingConfig") != {"Mode": "Active"}] == []
+    [loop] = of_type(template, "AWS::StepFunctions::StateMachine").values()
+    assert loop["TracingConfiguration"] == {"Enabled": True}
+    allowed = policies.allowed_actions(template)
+    traced = {str(one["Role"]["Fn::GetAtt"][0]) for one in functions.values()} | {"LeaseLoopRole"}
+    assert {role for role, action in allowed if action == "xray:PutTraceSegments"} == traced
+    code = [path.read_text() for path in cloudformation.ROOT.glob("shared/*.py")]
+    code += [path.read_text() for path in cloudformation.ROOT.glob("functions/*/app.py")]
+    assert not any("Tracer" in text or "xray" in text for text in code)
