@@ -8,7 +8,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from cli import control, cost, doctor, key, local, logs, show, stats, work
+from cli import control, cost, doctor, exec, key, local, logs, show, stats, work
 from cli.stack import DEFAULT_STACK, Fleet
 from cli.terminal import Code, Failure, note
 from shared.config import Missing
@@ -91,6 +91,7 @@ _add("Look", cost.cost, "fleet cost --since 7d --plot cost.png")
 _add("Look", doctor.doctor, "fleet doctor")
 _add("One session", control.stop, "fleet stop sesn_01ABC --wait")
 _add("One session", control.retry, "fleet retry sesn_01ABC")
+_add("One session", exec.exec_, "fleet exec sesn_01ABC -- ps aux", "exec")
 _add("All sessions", control.pause, "fleet pause")
 _add("All sessions", control.resume, "fleet resume")
 _add("All sessions", control.drain, "fleet drain --wait")

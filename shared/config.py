@@ -35,6 +35,7 @@ class Config(BaseModel):
     task_definition_arn: str = ""
     task_definition_2_arn: str = ""  # of SandboxImage2 and SandboxImage3, for size classes that name them
     task_definition_3_arn: str = ""
+    exec_role_arn: str = ""  # only with EnableExec: what RunTask gives a sandbox for ECS Exec
     size_classes: Annotated[dict[str, sizes.SizeClass], BeforeValidator(_parsed)] = {}
     subnets: str = ""
     security_groups: str = ""

@@ -43,7 +43,8 @@ class Sandboxes:
     def run(self, record: Record, ticket: str) -> str:
         """Start the attempt's task and return its arn; the same attempt again is the same task. Raises LaunchFailed.
 
-        Nothing but ids, the single-use ticket and the size class's numbers goes into the overrides (DESIGN §6).
+        Nothing but ids, the single-use ticket, the size class's numbers and, with EnableExec, ECS Exec's role goes into
+        the overrides (DESIGN §6).
         """
         name = started_by(record.work_id, record.turn, record.attempt)
         provider = "FARGATE_SPOT" if on_spot(record, self._config.spot_weight) else "FARGATE"
@@ -76,7 +77,9 @@ class Sandboxes:
                         }
                     ],
                     **_machine(record.size),
+                    **self._exec_role(),
                 },
+                enableExecuteCommand=bool(self._config.exec_role_arn),
                 tags=_tags(record),
             )
         except ClientError as error:
@@ -85,6 +88,10 @@ class Sandboxes:
             return reply["tasks"][0]["taskArn"]
         reason = "; ".join(str(f.get("reason") or f.get("detail")) for f in reply["failures"]) or "no task"
         raise LaunchFailed(classify_failure(reason), f"RunTask started nothing: {reason}")
+
+    def _exec_role(self) -> "TaskOverrideTypeDef":
+        """The task definition has no task role: without EnableExec no code in a sandbox finds AWS credentials."""
+        return {"taskRoleArn": self._config.exec_role_arn} if self._config.exec_role_arn else {}
 
     def stop(self, arn: str, reason: str) -> None:
         """SIGTERM now, SIGKILL after the stop timeout. A task that is gone is stopped already."""

@@ -1,10 +1,10 @@
-"""ECS tasks as local processes live here: the four task actions, lifecycle and events; who may call does not.
+"""ECS tasks as local processes live here: the five task actions, lifecycle and events; who may call does not.
 
-Replaces ministack's RunTask, StopTask, DescribeTasks and ListTasks, which need Docker, mark a task STOPPED
-before its container is dead, ignore `clientToken` and raise no events. Clusters, task definitions and tags
-stay ministack's. As on AWS: states, versions, codes, reasons, errors. Not as on AWS: no start-up delays, no
-network interfaces, no credentials for a task role, the execution role's permissions are not checked, stopped
-tasks are not forgotten.
+Replaces ministack's RunTask, StopTask, DescribeTasks, ListTasks and ExecuteCommand, which need Docker, mark a
+task STOPPED before its container is dead, ignore `clientToken` and raise no events. Clusters, task definitions
+and tags stay ministack's. As on AWS: states, versions, codes, reasons, errors. Not as on AWS: no start-up delays,
+no network interfaces, no credentials for a task role, the execution role's permissions are not checked, stopped
+tasks are not forgotten, no session of ECS Exec.
 """
 
 import copy
@@ -102,12 +102,13 @@ class TaskEngine:
         self._events: queue.SimpleQueue[Json] = queue.SimpleQueue()
 
     def install(self) -> None:
-        """Put the four actions in place of ministack's and start delivering events."""
+        """Put the five actions in place of ministack's and start delivering events."""
         for name, attribute, action in (
             ("RunTask", "_run_task", self._run_task),
             ("StopTask", "_stop_task", self._stop_task),
             ("DescribeTasks", "_describe_tasks", self._describe_tasks),
             ("ListTasks", "_list_tasks", self._list_tasks),
+            ("ExecuteCommand", "_execute_command", self._execute_command),
         ):
             answered = _answered(action)
             ecs._ACTION_MAP[name] = answered
@@ -247,6 +248,31 @@ class TaskEngine:
         if start + size < len(arns):
             answer["nextToken"] = str(start + size)
         return _reply(answer)
+
+    def _execute_command(self, data: Json) -> Response:
+        """AWS's refusals, then one more: no SSM agent runs in a local sandbox, so there is no session to give."""
+        if not data.get("interactive"):
+            raise _Refused("InvalidParameterException", "Interactive is the only mode supported currently.")
+        if not data.get("command"):
+            raise _Refused("InvalidParameterException", "Command cannot be empty.")
+        record = _find(data.get("task", ""), _cluster(data))
+        if record is None:
+            raise _Refused("InvalidParameterException", "The task provided in the request was not found.")
+        with self._lock:
+            names = [container["name"] for container in record["containers"]]
+            enabled, status = record["enableExecuteCommand"], record["lastStatus"]
+        if data.get("container", names[0]) not in names:
+            raise _Refused("InvalidParameterException", "The container was not found in the task.")
+        if not enabled or status != "RUNNING":
+            raise _Refused(
+                "InvalidParameterException",
+                "The execute command failed because execute command was not enabled when the task was run or the "
+                "execute command agent isn't running. Wait and try again or run a new task with execute command "
+                "enabled and try again.",
+            )
+        raise _Refused(
+            "TargetNotConnectedException", "The execute command failed due to an internal error. Try again later."
+        )
 
     # --- a task's life --------------------------------------------------------------------------------------
 

@@ -424,6 +424,32 @@ def test_run_task_refuses_what_aws_refuses(aws: LocalAws, members: dict[str, Any
     assert refused.value.response["Error"]["Code"] == code
 
 
+@pytest.mark.parametrize(
+    ("members", "code", "said"),
+    [
+        ({"interactive": False}, "InvalidParameterException", "Interactive"),
+        ({"container": "other"}, "InvalidParameterException", "container"),
+        ({"task": "0" * 32}, "InvalidParameterException", "not found"),
+        ({"cluster": "none"}, "ClusterNotFoundException", "Cluster"),
+        ({}, "TargetNotConnectedException", "internal error"),  # asked for as AWS wants it, but no agent runs here
+    ],
+)
+def test_execute_command_refuses_what_aws_refuses(aws: LocalAws, members: dict[str, Any], code: str, said: str) -> None:
+    arn = aws.run(FOREVER, enableExecuteCommand=True)
+    aws.until(arn, "RUNNING")
+    asked = {"cluster": "main", "task": arn, "container": "main", "command": "/bin/sh", "interactive": True}
+    with pytest.raises(ClientError, match=said) as refused:
+        aws.ecs.execute_command(**{**asked, **members})
+    assert refused.value.response["Error"]["Code"] == code
+
+
+def test_a_task_that_was_started_without_ecs_exec_cannot_be_entered(aws: LocalAws) -> None:
+    arn = aws.run(FOREVER)
+    aws.until(arn, "RUNNING")
+    with pytest.raises(ClientError, match="was not enabled when the task was run"):
+        aws.ecs.execute_command(cluster="main", task=arn, command="/bin/sh", interactive=True)
+
+
 # --- who may call -------------------------------------------------------------------------------------------
 
 PREFIX = "arn:aws:ecs:us-east-1:000000000000:"

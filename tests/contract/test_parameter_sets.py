@@ -118,6 +118,8 @@ def test_by_default_the_stack_brings_a_public_network_and_builds_the_image(
     assert settings["FLEET_SUBNETS"] == f"{made['PublicSubnetA']},{made['PublicSubnetB']}"
     assert settings["FLEET_SECURITY_GROUPS"] == made["SandboxSecurityGroup"]
     assert settings["FLEET_ASSIGN_PUBLIC_IP"] == "ENABLED"
+    assert "SandboxExecRole" not in made
+    assert not settings["FLEET_EXEC_ROLE_ARN"]
     repository, digest = deployer.image(default).split("@")
     assert repository.endswith(f"/{made['SandboxRepository']}")
     assert digest.startswith("sha256:")
@@ -142,13 +144,15 @@ def test_a_new_revision_builds_another_image_in_place(deployer: Deployer, defaul
 
 
 def test_a_private_network_with_allowed_domains(deployer: Deployer, default: dict[str, str]) -> None:
-    deployer.deploy("private", NetworkMode="private", AllowedDomains="example.com,*.example.org", SandboxImage=IMAGE)
+    domains = {"NetworkMode": "private", "AllowedDomains": "example.com,*.example.org"}
+    deployer.deploy("private", **domains, EnableExec="true", SandboxImage=IMAGE)
     made = deployer.resources("private")
     settings = deployer.launch_settings(made)
     assert settings["FLEET_SUBNETS"] == f"{made['PrivateSubnetA']},{made['PrivateSubnetB']}"
     assert settings["FLEET_ASSIGN_PUBLIC_IP"] == "DISABLED"
     assert {"NatGateway", "PrivateDefaultRoute", "S3Endpoint", "DomainRulesOfVpc"} <= set(made)
     assert stack.recorded_only(deployer.cloudformation, "private") == sorted(RECORDED_ONLY)
+    assert settings["FLEET_EXEC_ROLE_ARN"].endswith(f":role/{made['SandboxExecRole']}")
     deployer.delete("private")
 
 
@@ -209,7 +213,7 @@ def test_a_sandbox_is_hardened_and_gets_the_disk_asked_for() -> None:
     """The local AWS drops most of this, so it is read from the template."""
     task = _template()["Resources"]["SandboxTask"]["Properties"]
     (container,) = task["ContainerDefinitions"]
-    assert container["ReadonlyRootFilesystem"] is True
+    assert container["ReadonlyRootFilesystem"] == {"Fn::If": ["Exec", False, True]}
     assert container["LinuxParameters"] == {"InitProcessEnabled": True, "Capabilities": {"Drop": ["ALL"]}}
     assert "User" not in container  # the image's own, which is not root
     dockerfile = (stack.ROOT / "sandbox/Dockerfile").read_text()

@@ -19,6 +19,8 @@ import parliament
 
 from tests.unit.cloudformation import PSEUDO, SAMPLES, SHAPES, Resources, branches, documents, strings
 
+# What ECS Exec's agent needs (Amazon ECS Developer Guide, "ECS Exec"), and all that a sandbox may ever hold
+EXEC_ACTIONS = {f"ssmmessages:{verb}{kind}Channel" for verb in ("Create", "Open") for kind in ("Control", "Data")}
 # Actions for which AWS knows no resource, so that only "*" can be said, and the condition that must bound each
 WITHOUT_RESOURCE: dict[str, tuple[str | None, str]] = {
     "ecs:ListTasks": ("ecs:cluster", "its only resource type is a container instance, which Fargate has none of"),
@@ -27,6 +29,7 @@ WITHOUT_RESOURCE: dict[str, tuple[str | None, str]] = {
     "xray:GetSamplingRules": (None, "knows no resource that all of X-Ray's data agree on; it reads how much to trace"),
     "xray:GetSamplingTargets": (None, "as GetSamplingRules"),
     "ecr:GetAuthorizationToken": (None, "knows neither resource nor condition; the token opens only what IAM allows"),
+    **dict.fromkeys(EXEC_ACTIONS, (None, "know neither resource nor condition; granted only with EnableExec")),
 }
 # The services that may use the customer's key for a function; logs use it by the key's own policy
 KEY_USERS = {"dynamodb", "s3", "sqs", "secretsmanager"}
@@ -269,6 +272,18 @@ def _role_faults(resources: Resources) -> Iterator[str]:
             yield f"{arns[arn]}: a role is for one resource, this one for {sorted(names)}"
 
 
+def _exec_faults(roles: Resources, execution_role: str) -> Iterator[str]:
+    """The other role that tasks can have: RunTask's override gives it to the container, so to the agent's code."""
+    for name, role in roles.items():
+        trusted = "ecs-tasks.amazonaws.com" in str(role["AssumeRolePolicyDocument"])
+        if not trusted or name == execution_role:
+            continue
+        for policy in policies({name: {"Type": "AWS::IAM::Role", "Properties": role}}):
+            for statement in policy.statements if policy.kind == "identity" else []:
+                if more := set(as_list(statement.get("Action", []))) - EXEC_ACTIONS:
+                    yield f"{name}: the agent's code would hold {sorted(more)}"
+
+
 def _sandbox_faults(resources: Resources) -> Iterator[str]:
     roles = _of_type(resources, "AWS::IAM::Role")
     may = {"ecr:GetAuthorizationToken", "ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer"}
@@ -277,6 +292,7 @@ def _sandbox_faults(resources: Resources) -> Iterator[str]:
         if "TaskRoleArn" in task:
             yield f"{name}: a task role would hand AWS credentials to the agent's code"
         role = str(task.get("ExecutionRoleArn", "")).rsplit("/", 1)[-1]
+        yield from _exec_faults(roles, role)
         groups = {
             SHAPES["AWS::Logs::LogGroup"].arn.format(container["LogConfiguration"]["Options"]["awslogs-group"])
             for container in task["ContainerDefinitions"]

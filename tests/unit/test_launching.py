@@ -155,6 +155,15 @@ class Room:
         self.observer.observe({**name, **state, "containers": [container]})
 
 
+@pytest.mark.parametrize("role", ["", "arn:aws:iam::123456789012:role/exec"])
+def test_a_sandbox_may_be_entered_and_has_a_role_only_where_the_owner_turned_it_on(room: Room, role: str) -> None:
+    room.sandboxes._config = CONFIG.model_copy(update={"exec_role_arn": role})
+    room.launcher.launch(MESSAGE)
+    [asked] = room.ecs.requests()
+    assert asked["enableExecuteCommand"] is bool(role)
+    assert asked["overrides"].get("taskRoleArn", "") == role
+
+
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

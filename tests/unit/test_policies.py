@@ -209,6 +209,10 @@ def task_role(t: Template) -> None:
     properties(t, "SandboxTask")["TaskRoleArn"] = {"Fn::GetAtt": ["SandboxExecutionRole", "Arn"]}
 
 
+def exec_role_reads_parameters(t: Template) -> None:
+    statement(t, "SandboxExecRole", "ssmmessages:CreateDataChannel")["Action"].append("ssm:GetParameter")
+
+
 def execution_role_reads_secrets(t: Template) -> None:
     granted = statement(t, "SandboxExecutionRole", "logs:PutLogEvents")
     granted["Action"].append("secretsmanager:GetSecretValue")
@@ -313,6 +317,7 @@ def intrinsic_that_cannot_be_read(t: Template) -> None:
         (managed_policy, ["KeeperRole: managed policies"]),
         (trust_in_an_account, ["KeeperRole: a role is assumed by one service"]),
         (task_role, ["SandboxTask: a task role"]),
+        (exec_role_reads_parameters, ["SandboxExecRole: the agent's code would hold ['ssm:GetParameter']"]),
         (execution_role_reads_secrets, ["SandboxExecutionRole: starting a sandbox does not need"]),
         (execution_role_writes_another_log, ["SandboxExecutionRole: writes to more than"]),
         (execution_role_pulls_any_image, ["SandboxExecutionRole: ['ecr:BatchGetImage'"]),

@@ -29,8 +29,28 @@ def test_no_function_may_write_parameters_or_secrets(template: Template) -> None
     """FIELD_NOTES 11: a parameter-store write a launch was throttled. A session's secret is in its record alone."""
     actions = policies.allowed_actions(template)
     assert len(actions) > 20
-    kept_elsewhere = {action for _, action in actions if re.match(r"(ssm|ssmmessages|secretsmanager):", action)}
+    kept_elsewhere = {
+        action
+        for role, action in actions
+        if role != "SandboxExecRole" and re.match(r"(ssm|ssmmessages|secretsmanager):", action)
+    }
     assert kept_elsewhere == {"secretsmanager:GetSecretValue"}
+
+
+def test_only_where_its_owner_turns_it_on_may_a_sandbox_be_entered(template: Template) -> None:
+    """The role, its passing on, and a root file system that ECS Exec's agent can write to."""
+    assert template["Parameters"]["EnableExec"]["Default"] == "false"
+    assert template["Conditions"]["Exec"] == {"Fn::Equals": [{"Ref": "EnableExec"}, "true"]}
+    resources, role = template["Resources"], {"Fn::GetAtt": ["SandboxExecRole", "Arn"]}
+    assert resources["SandboxExecRole"]["Condition"] == "Exec"
+    launcher = resources["LauncherFunction"]["Properties"]["Environment"]["Variables"]
+    assert launcher["FLEET_EXEC_ROLE_ARN"] == {"Fn::If": ["Exec", role, ""]}
+    for task in of_type(template, "AWS::ECS::TaskDefinition").values():
+        assert "TaskRoleArn" not in task
+        [container] = task["ContainerDefinitions"]
+        assert container["ReadonlyRootFilesystem"] == {"Fn::If": ["Exec", False, True]}
+    named, by_condition = str(resources).count(str(role)), str(resources).count(f"['Exec', {role}, ")
+    assert named == by_condition == 2, "the launcher's variable and its permission to pass it on"
 
 
 def test_launches_are_bounded_at_their_event_source(template: Template) -> None:
