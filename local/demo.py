@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import signal
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,10 +33,12 @@ PARAMETERS = {
     "StopTimeoutSeconds": "20",
     "PollWindowSeconds": "0",
     "Outputs": "on",
+    "StagingBuckets": "demo-sources",
     "SizeClasses": "small:cpu=512:memory=1024:disk=30:image=2",
     "SandboxImage2": "sandbox:second",
 }
 SMALL = {"cpu": "512", "memory": "1024", "ephemeralStorage": {"sizeInGiB": 30}}  # as DescribeTasks shows it
+ARCHIVE = "s3://demo-sources/team/src.zip"
 
 Record = dict[str, Any]
 
@@ -47,6 +51,7 @@ def bash(command: str, expect: str) -> dict[str, Any]:
 QUICK = [bash("echo result-$((6*7))", "result-42")]
 LONG = [bash("sleep 60", "")]
 REPORT = [bash("mkdir outputs/charts; echo 42 > outputs/charts/a.txt; echo result-$((6*7))", "result-42")]
+STAGED = [bash("cat src/note", "from the archive")]
 DRAFT = [bash("echo draft > outputs/draft.txt; sleep 60", "")]
 
 
@@ -113,7 +118,8 @@ def cases() -> list[Case]:
         Case("second turn, same id", "completed", turns=2, act=second_turn),
         Case("chooses its size", "completed", metadata={"sandbox-fleet.size": "small"}, small=True),
         Case("chooses a size that is not there", "completed", metadata={"sandbox-fleet.size": "huge"}),
-        *(Case(f"three at once ({n})", "completed") for n in range(1, 4)),
+        Case("starts from an archive", "completed", STAGED, metadata={"sandbox-fleet.archive": ARCHIVE}),
+        *(Case(f"two at once ({n})", "completed") for n in range(1, 3)),
         Case("graceful stop mid-tool", "stopped", DRAFT, act=graceful_stop, outputs={"draft.txt": "draft\n"}),
         Case("forced stop mid-tool", "stopped", LONG, act=forced_stop),
         Case(
@@ -143,6 +149,15 @@ class Demo:
         self.http = httpx.Client(base_url=f"{stack.api_url}/_control/", timeout=10)
         self.dynamodb = stack.client("dynamodb")
         self.leases: dict[str, Record] = {}
+
+    def put_archive(self) -> None:
+        """What a session's metadata names, in a bucket that the stack's parameters list."""
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr("src/note", "from the archive\n")
+        bucket, key = ARCHIVE.removeprefix("s3://").split("/", 1)
+        self.stack.client("s3").create_bucket(Bucket=bucket)
+        self.stack.client("s3").put_object(Bucket=bucket, Key=key, Body=packed.getvalue())
 
     def control(self, method: str, path: str, body: Any = None) -> Any:
         """The emulator's control endpoint: what users and other workers do."""
@@ -361,6 +376,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     parameters = PARAMETERS | {"MaxSessions": str(SLOTS)} if crowd else PARAMETERS
     with running(options.time_scale, say, parameters) as stack:
         demo = Demo(stack)
+        demo.put_archive()
         demo.queue(many(options.sessions) if crowd else cases())
         say(f"{len(demo.cases)} sessions queued")
         seen: dict[str, str] = {}

@@ -57,6 +57,7 @@ class Grant(BaseModel):
     environment_key: SecretStr | None = None
     callback_secret: SecretStr
     outputs: bool = False  # whether there is a bucket for what the agent leaves
+    staging: bool = False  # whether something is to be put into the workspace first
 
     def sessions_token(self) -> str | None:
         """The bearer token inside the work secret (W§10), or None if it holds none."""
@@ -79,6 +80,35 @@ class Grant(BaseModel):
             return json.loads(base64.urlsafe_b64decode(secret + "=" * (-len(secret) % 4)))
         except (binascii.Error, ValueError):
             return None
+
+
+class Archive(BaseModel):
+    """What to unpack, and where it can be read for a while."""
+
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
+
+    name: str
+    url: str = Field(repr=False)
+
+
+class Repository(BaseModel):
+    """What to clone."""
+
+    model_config = ConfigDict(frozen=True)
+
+    url: str
+    reference: str | None = None
+
+
+class StagingGrant(BaseModel):
+    """What to put into the workspace, or why it may not be."""
+
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
+
+    archive: Archive | None = None
+    git: Repository | None = None
+    refused: str | None = None
+    max_bytes: int
 
 
 class Post(BaseModel):
@@ -162,6 +192,17 @@ class ControlPlane:
             return bool(response.json()["stopped"])
         except (ValueError, TypeError, KeyError):
             return False
+
+    async def ask_staging(self, callback_secret: str) -> StagingGrant:
+        """Ask what to put into the workspace. Raises TicketRefused, ControlPlaneUnanswered."""
+        body = {**self.attempt.as_fields(), "callback_secret": callback_secret}
+        response = await self._post("/staging", body, within=WORD_SECONDS)
+        if response.status_code != 200:
+            raise TicketRefused(f"the tickets function answered HTTP {response.status_code} on what is to be staged")
+        try:
+            return StagingGrant.model_validate_json(response.content)
+        except ValidationError:
+            raise ControlPlaneUnanswered("the tickets function answered 200 without usable sources") from None
 
     async def ask_outputs(self, callback_secret: str, files: Mapping[str, int], *, ended: bool) -> OutputsGrant:
         """Ask where to put these files (names, bytes). Raises TicketRefused, ControlPlaneUnanswered."""

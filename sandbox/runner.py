@@ -30,6 +30,7 @@ from control_plane import Attempt, ControlPlane, ControlPlaneUnanswered, Grant, 
 from json_log import JsonLines, configure_logging, describe, say
 from lease_guard import LeaseGuard
 from outputs import PUT_SECONDS, Uploads
+from staging import StagingFailed, StagingUnanswered, stage
 
 POST_STOP_SECONDS = 5.0
 # Within the grace that tickets gives a turn which ended by itself (shared/ticketing.py).
@@ -70,6 +71,10 @@ class ExitCode(enum.IntEnum):
     """An environment variable is missing or makes no sense; the log names it and what sets it."""
     NOT_STOPPED = 17
     """The turn is over, but its item could not be stopped: a message may come and wait in it."""
+    STAGING_FAILED = 18
+    """What the session's metadata wants in the workspace cannot be had: the log says why. No relaunch mends it."""
+    STAGING_UNANSWERED = 19
+    """It could not be had in time: another attempt may."""
 
 
 # --- configuration ----------------------------------------------------------------------------------------
@@ -312,6 +317,10 @@ async def run_sandbox(config: Config, formatter: JsonLines) -> ExitCode:
                     formatter.hide([token])
                     if grant.outputs:
                         uploads = Uploads(control_plane, http, grant, config.outputs, formatter.hide)
+                    if grant.staging:
+                        sources = await control_plane.ask_staging(grant.callback_secret.get_secret_value())
+                        formatter.hide([sources.archive.url] if sources.archive else [])
+                        await stage(sources, http, config.workdir)
                     await serve_turn(config, grant, early)
                 if early.reason is None:
                     say(logging.INFO, "worker ended")
@@ -504,6 +513,8 @@ def main() -> ExitCode:
         (TicketRefused, ExitCode.TICKET_REFUSED),
         (ControlPlaneUnanswered, ExitCode.TICKET_UNANSWERED),
         (NoUsableCredential, ExitCode.CREDENTIAL_REFUSED),
+        (StagingFailed, ExitCode.STAGING_FAILED),
+        (StagingUnanswered, ExitCode.STAGING_UNANSWERED),
     ]
     formatter.hide([os.environ.get("FLEET_TICKET", "")])
     try:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
+GET_SECONDS = 120  # until the reading has begun
 POST_SECONDS = 180  # the sandbox's own limit for putting its outputs, and some for clocks that differ
 # Whatever a file holds, no browser takes it for a page
 CONTENT_TYPE = "application/octet-stream"
@@ -36,3 +37,9 @@ class Buckets:
             ExpiresIn=POST_SECONDS,
         )
         return Post(url=signed["url"], fields=signed["fields"])
+
+    def presign_get(self, bucket: str, key: str) -> str:
+        """An address that reads this object, if asked within 120 s. A secret."""
+        return self._client.generate_presigned_url(
+            "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=GET_SECONDS
+        )

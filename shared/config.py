@@ -58,6 +58,9 @@ class Config(BaseModel):
     hand_over_environment_key: bool = False
     dead_letters_url: str = ""
     force_stop_strands: bool = False
+    staging_buckets: str = ""
+    staging_git_hosts: str = ""
+    staging_max_mib: int = 500
     outputs_bucket: str = ""  # empty: outputs are off
     outputs_prefix: str = ""
     outputs_max_files: int = 100

@@ -47,6 +47,7 @@ HOPELESS_EXITS = {
     14: "the API refused the session's credential",
     15: "the session is gone",
     16: "its configuration is wrong; check the stack's parameters",
+    18: "what its metadata wants in the workspace cannot be had; the sandbox's log says why",
 }
 
 
@@ -545,6 +546,7 @@ def _next_attempt(record: Record, now: int, why: str, *, interrupted: bool, no_r
         ticket_used_at=None,
         callback_hash=None,
         callback_hashes_again=(),
+        staging_requests=0,
         stop_reason=None,
         stop_outcome=None,
         post_stop=False,

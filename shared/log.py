@@ -33,6 +33,7 @@ KEYS = {
     "unserved": "whether a message was left",
     "stopped": "whether the item is",
     "size": "a size class: asked for, or granted",
+    "staging_seconds": "what filling the workspace took",
     "count": "how many",
     "bytes": "of outputs that were put",
     "left_out": "how many outputs were not put",

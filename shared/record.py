@@ -124,6 +124,7 @@ class Record(BaseModel):
     acknowledged_at: str | None = None  # from our own ack's 200 only: the base of the 412 rule
     lease_gone: bool = False  # a poll offered the item again: this turn never posts a stop
     # launching: kept over the attempts of a turn
+    staging_requests: int = 0  # of this attempt
     wishes: Wishes | None = None  # what the session's metadata asks for; None while it could not be read
     size: SizeClass | None = None  # what it is granted of that; None: the stack's default
     sandbox_wanted_since: int | None = None  # since when the turn wants a sandbox; the launch deadline counts from here

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, SecretStr
 
-from shared import lifecycle, outputs
+from shared import lifecycle, outputs, staging
 from shared.lifecycle import StopWish, WorkId
 from shared.log import log, log_fields
 from shared.outputs import OutputsGrant, OutputsPlace, OutputsPut, OutputsRequest
 from shared.record import Outcome, Phase, Record
+from shared.staging import StagingGrant, StagingPlaces, StagingRequest
 from shared.store import Store, change
 
 REPLAY_MS = 60_000
@@ -48,6 +49,7 @@ class Credential(BaseModel):
     work_secret: SecretStr | None
     environment_key: SecretStr | None
     callback_secret: SecretStr
+    staging: bool  # whether it is to ask what to put into the workspace first
     outputs: bool  # whether it may ask where to put what its agent leaves
 
 
@@ -68,6 +70,7 @@ class Tickets:
     environment_key: Callable[[], SecretStr] | None = None  # given only if it may be handed over
     new_secret: Callable[[], str] = lambda: secrets.token_urlsafe(32)
     outputs: OutputsPlace | None = None  # given only if they are kept
+    staging: StagingPlaces | None = None
 
     def redeem(self, request: TicketRequest) -> Credential:
         """First use binds the attempt to the nonce, which may repeat it for 60 s. Raises TicketRefused."""
@@ -105,6 +108,7 @@ class Tickets:
             work_secret=record.secret,
             environment_key=self.environment_key() if record.secret is None and self.environment_key else None,
             callback_secret=SecretStr(callback),
+            staging=bool(record.wishes and (record.wishes.archive or record.wishes.git)),
             outputs=self.outputs is not None,
         )
 
@@ -137,6 +141,32 @@ class Tickets:
             log.info("stop wanted", **log_fields(changed), reason=wish.reason)
             self.wake_stopper(word.work_id)
         return stopped
+
+    def grant_staging(self, request: StagingRequest) -> StagingGrant:
+        """Where the sandbox reads what its session's metadata asks for, or why not. Raises TicketRefused."""
+        places, now = self.staging, self.now()
+        if places is None:
+            raise TicketRefused
+        granted: StagingGrant | None = None
+
+        def grant(record: Record) -> Record | None:
+            nonlocal granted
+            granted = None
+            often = record.staging_requests >= staging.MOST_REQUESTS
+            if often or record.wishes is None or not _calls_back(record, request):
+                return None
+            granted = places.judge(record.wishes)
+            asked = {"staging_requests": record.staging_requests + 1}
+            if granted.refused is None:
+                return record.model_copy(update=asked)
+            return record.noted(now, f"not staged: {granted.refused}", **asked)
+
+        changed = change(self.store, request.work_id, grant)
+        if changed is None or granted is None:
+            log.warning("staging refused", **log_fields(request))
+            raise TicketRefused
+        log.info("staging granted", **log_fields(changed), reason=granted.refused)
+        return granted
 
     def grant_outputs(self, request: OutputsRequest) -> OutputsGrant:
         """Signed uploads for what the sandbox lists, within the limits, under the attempt's own prefix.
@@ -197,7 +227,7 @@ def _may_start(record: Record, turn: int, attempt: int) -> bool:
     return lifecycle.is_current(record, turn, attempt) and record.phase in (Phase.LAUNCHING, Phase.RUNNING)
 
 
-def _calls_back(record: Record, word: TurnEnded | OutputsRequest | OutputsPut) -> bool:
+def _calls_back(record: Record, word: TurnEnded | StagingRequest | OutputsRequest | OutputsPut) -> bool:
     """Whether the word is of the record's current attempt: its callback secret says so."""
     given = hash_secret(word.callback_secret.get_secret_value())
     return lifecycle.is_current(record, word.turn, word.attempt) and _among(

@@ -16,6 +16,7 @@ from shared.launch_queue import LaunchQueue
 from shared.loop import LeaseLoop
 from shared.outputs import OutputsPlace
 from shared.sandboxes import Sandboxes
+from shared.staging import StagingPlaces
 from shared.store import DynamoStore, Store
 from shared.stored_key import StoredKey
 
@@ -84,14 +85,28 @@ def sandboxes(config: Config) -> Sandboxes:
     return Sandboxes(boto3.client("ecs", config=_NO_RETRIES), config)
 
 
+@cache
+def buckets() -> Buckets:
+    """Called only where something is to be signed: a sandbox that starts waits for its ticket."""
+    return Buckets(boto3.client("s3", config=SIGNING))
+
+
+def staging_places(config: Config) -> StagingPlaces:
+    def listed(text: str) -> frozenset[str]:
+        return frozenset(filter(None, text.split(",")))
+
+    return StagingPlaces(
+        buckets=listed(config.staging_buckets),
+        git_hosts=listed(config.staging_git_hosts),
+        max_bytes=config.staging_max_mib << 20,
+        presign=lambda bucket, key: buckets().presign_get(bucket, key),
+    )
+
+
 def outputs_place(config: Config) -> OutputsPlace | None:
     """None if outputs are off."""
     if not config.outputs_bucket:
         return None
-
-    @cache
-    def buckets() -> Buckets:  # not at the start of a sandbox, which waits for its ticket
-        return Buckets(boto3.client("s3", config=SIGNING))
 
     def presign(key: str, least: int, most: int) -> Post:
         return buckets().presign_post(config.outputs_bucket, key, least, most)

@@ -10,6 +10,7 @@ from shared.config import from_env
 from shared.function_url import TooLarge, parse, reply
 from shared.metrics import flushed
 from shared.outputs import OutputsPut, OutputsRequest
+from shared.staging import StagingRequest
 from shared.ticketing import TicketRefused, TicketRequest, Tickets, TurnEnded
 
 _LONGEST_BODY = 4096
@@ -21,12 +22,19 @@ def tickets() -> Tickets:
     config = from_env("stopper_function")
     key = wiring.environment_key(config) if config.hand_over_environment_key else None
     place = wiring.outputs_place(config)
-    return Tickets(wiring.store(config), wiring.wake_stopper(config), wiring.now, key, outputs=place)
+    return Tickets(
+        wiring.store(config),
+        wiring.wake_stopper(config),
+        wiring.now,
+        key,
+        outputs=place,
+        staging=wiring.staging_places(config),
+    )
 
 
 @flushed
 def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
-    """POST / exchanges a ticket, /turn-ended takes the last word, /outputs signs uploads, /outputs-put hears of them.
+    """POST / exchanges a ticket, /turn-ended takes the last word, /staging and /outputs sign, /outputs-put hears of it.
 
     A refusal tells nothing more (DESIGN §6).
     """
@@ -38,6 +46,9 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
         if request.path.endswith("/outputs"):
             grant = tickets().grant_outputs(OutputsRequest.model_validate_json(request.body))
             return reply(200, grant.model_dump())
+        if request.path.endswith("/staging"):
+            sources = tickets().grant_staging(StagingRequest.model_validate_json(request.body))
+            return reply(200, sources.model_dump(exclude_none=True))
         if request.path.endswith("/outputs-put"):
             tickets().note_outputs(OutputsPut.model_validate_json(request.body))
             return reply(202, {})

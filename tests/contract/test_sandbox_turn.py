@@ -5,6 +5,7 @@ that leaves the sandbox, which reaches the emulator only through the test.
 """
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +65,7 @@ class Between:
     listed: list[dict[str, Any]] = field(default_factory=list)
     put: dict[str, bytes] = field(default_factory=dict)
     before_put: Callable[[], None] = lambda: None
+    archive: bytes = b""
     url: str = ""
 
     def app(self) -> Starlette:
@@ -70,6 +73,8 @@ class Between:
             routes=[
                 Route("/tickets/", self._ticket, methods=["POST"]),
                 Route("/tickets/turn-ended", self._word, methods=["POST"]),
+                Route("/tickets/staging", self._staging, methods=["POST"]),
+                Route("/sources/a.zip", self._archive, methods=["GET"]),
                 Route("/tickets/outputs", self._outputs, methods=["POST"]),
                 Route("/tickets/outputs-put", self._outputs_put, methods=["POST"]),
                 Route("/bucket/{key:path}", self._bucket, methods=["POST"]),
@@ -84,6 +89,16 @@ class Between:
     async def _word(self, request: Request) -> Response:
         self.words.append(await request.json())
         return JSONResponse({"stopped": len(self.words) >= self.words_until_stopped}, 202)
+
+    async def _staging(self, request: Request) -> Response:
+        assert (await request.json())["callback_secret"] == CALLBACK_SECRET
+        return JSONResponse(
+            {"archive": {"name": "a.zip", "url": f"{self.url}/sources/a.zip?{SIGNATURE}"}, "max_bytes": 10_000}
+        )
+
+    async def _archive(self, request: Request) -> Response:
+        assert SIGNATURE in str(request.url)
+        return Response(self.archive) if self.archive else Response(status_code=403)
 
     async def _outputs(self, request: Request) -> Response:
         self.listed.append(await request.json())
@@ -169,6 +184,7 @@ class Sandbox:
     workdir: Path
     stop_timeout: float = 10.0
     keeps_outputs: bool = False
+    stages: bool = False
     without_secret: bool = False  # the control plane hands over the environment key instead
     session_id: str = ""
     process: subprocess.Popen[str] | None = None
@@ -199,6 +215,7 @@ class Sandbox:
             "session_id": self.session_id,
             "callback_secret": CALLBACK_SECRET,
             "outputs": self.keeps_outputs,
+            "staging": self.stages,
         } | (
             {"environment_key": self.emulator.environment_key}
             if self.without_secret
@@ -236,7 +253,7 @@ class Sandbox:
         """Wait for the runner's end; nothing that it said may hold a secret."""
         assert self.process is not None
         self.output, _ = self.process.communicate(timeout=WAIT_SECONDS)
-        ids = {"work_id", "environment_id", "session_id", "outputs"}
+        ids = {"work_id", "environment_id", "session_id", "outputs", "staging"}
         granted = [value for name, value in self.between.grant.items() if name not in ids]
         for secret in (TICKET, SIGNATURE, *granted, "another-credential"):
             assert secret not in self.output
@@ -476,3 +493,20 @@ def test_a_signal_amid_an_upload_that_hangs_ends_it_in_time_and_changes_no_outco
     assert sandbox.ends() is ExitCode.FINISHED
     assert "time was up" in sandbox.output
     assert json.loads(sandbox.between.put["manifest.json"])["left_out"] == [{"name": "a.txt", "why": "time was up"}]
+
+
+def test_a_workspace_is_staged_before_the_turn(sandbox: Sandbox) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("src/note", "staged")
+    sandbox.stages, sandbox.between.archive = True, packed.getvalue()
+    sandbox.start(bash("cat src/note", "staged"))
+    assert sandbox.ends() is ExitCode.FINISHED
+
+
+def test_what_cannot_be_staged_ends_the_turn_before_it_touches_the_session(sandbox: Sandbox) -> None:
+    sandbox.stages = True
+    sandbox.start(bash("true"))
+    assert sandbox.ends() is ExitCode.STAGING_FAILED
+    assert sandbox.between.calls == []
+    assert "may not be read (HTTP 403)" in sandbox.output

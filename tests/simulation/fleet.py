@@ -34,6 +34,7 @@ from shared.operating import Operator
 from shared.outputs import OutputsPlace
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import Sandboxes
+from shared.staging import StagingPlaces
 from shared.stopping import Stopper
 from shared.store import Conflict, MemoryStore
 from shared.stored_key import StoredKey
@@ -276,6 +277,8 @@ class Fleet:
         grant = self._exchange(task, turn)
         if isinstance(grant, int):
             return grant
+        if grant["staging"] and (refused := self._ask_staging(turn, grant)):
+            return refused
         session = self.sessions[work_id]
         quiet_since, answered = machine.now, False
         while session.pending or machine.now - quiet_since < 10_000:
@@ -325,6 +328,21 @@ class Fleet:
             self._tell_end(turn, grant, unserved=True)
         self._put_outputs(turn, grant, ended=True)
         return code
+
+    def _ask_staging(self, turn: dict[str, Any], grant: dict[str, Any]) -> int | None:
+        """The workspace's sources (sandbox/staging.py); the exit code if they are not told."""
+        until = self.machine.now + 15_000
+        while self.machine.now < until:
+            reply = self._url("/staging", turn | {"callback_secret": grant["callback_secret"]})
+            if reply["statusCode"] == 200:
+                source = json.loads(reply["body"])["git"]["url"]
+                if source != self.sessions[turn["work_id"]].metadata[PREFIX + "git"]:
+                    self.violations.append(f"{turn['work_id']} is to start from {source}")
+                return None
+            if reply["statusCode"] < 500:
+                return 12
+            self.machine.sleep(1_000)
+        return 13
 
     def _put_outputs(self, turn: dict[str, Any], grant: dict[str, Any], *, ended: bool) -> None:
         """What the agent left, if anything: asked for, put, told (sandbox/outputs.py)."""
@@ -709,6 +727,7 @@ class Fleet:
         observer = Observer(config, store, queue, wake, now)
         self.operator = Operator(store, queue, wake, now)
         place = OutputsPlace("bucket", "fleet", 9, 9, 9, lambda key, *_: Post(url="", fields={"key": key}))
+        sources = StagingPlaces(frozenset(), frozenset({"example.com"}), 9, lambda bucket, key: "")
         parts: dict[str, Any] = {
             "claimer": claimer,
             "janitor": Janitor(config, api, store, sandboxes, claimer, observer, wake, now),
@@ -716,7 +735,7 @@ class Fleet:
             "keeper": keeper,
             "stopper": Stopper(config, api, keeper, store, sandboxes, queue, now),
             "observer": observer,
-            "tickets": Tickets(store, wake, now, None, lambda: f"SECRET-callback-{next(count)}", place),
+            "tickets": Tickets(store, wake, now, None, lambda: f"SECRET-callback-{next(count)}", place, sources),
         }
         for name, module in APPS.items():
             built = "claimer" if name == "poller" else name

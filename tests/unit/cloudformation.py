@@ -30,6 +30,7 @@ SAMPLES = {
     "EnvironmentKeySecretArn": ["", "arn:aws:secretsmanager:us-east-1:123456789012:secret:given-AbCdEf"],
     "WebhookSecretArn": ["", "arn:aws:secretsmanager:us-east-1:123456789012:secret:webhook-AbCdEf"],
     "KmsKeyArn": ["", "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"],
+    "StagingBuckets": ["", "staging-one,staging-two"],
     "Outputs": ["off", "on", "given-bucket"],
     "SandboxImage": ["123456789012.dkr.ecr.us-east-1.amazonaws.com/team/sandbox:1", "public.example/sandbox@sha256:ab"],
 }

@@ -240,6 +240,8 @@ def _known_arns(resources: Resources) -> Iterator[str]:
             yield from (form.format(called) for form in (shape.arn, shape.ref, *shape.parts))
     yield from (value for values in SAMPLES.values() for value in values if value.startswith("arn:"))
     yield from (SHAPES["AWS::S3::Bucket"].parts[0].format(name) for name in SAMPLES["Outputs"])
+    listed = {name for names in SAMPLES["StagingBuckets"] for name in names.split(",") if name} | {"x2", "x3"}
+    yield from (SHAPES["AWS::S3::Bucket"].parts[0].format(name) for name in listed)
     for definition in _of_type(resources, "AWS::ECS::TaskDefinition").values():
         for container in definition["ContainerDefinitions"]:
             repository = re.fullmatch(

@@ -18,8 +18,10 @@ from shared.metrics import Metric
 from shared.observing import Observer
 from shared.outputs import OutputsPlace
 from shared.record import Phase, Record
+from shared.staging import StagingPlaces
 from shared.store import MemoryStore
 from shared.ticketing import Tickets, hash_secret
+from shared.wishes import Wishes
 from shared.work_api import NotAllowed, Refused, Work
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +29,7 @@ TURN = 1_795_500_000_000
 CONTEXT = SimpleNamespace(aws_request_id="request-1", get_remaining_time_in_millis=lambda: 100_000)
 SECRET = "secret-of-the-example"
 PLACE = OutputsPlace("bucket", "fleet", 3, 100, 200, lambda key, least, most: Post(url="u", fields={"key": key}))
+SOURCES = StagingPlaces(frozenset({"listed"}), frozenset(), 100, lambda bucket, key: f"https://{bucket}/{key}")
 
 
 def app(function: str) -> ModuleType:
@@ -198,7 +201,7 @@ def test_the_observer_takes_a_task_s_states_and_ignores_all_else(
 @pytest.fixture
 def tickets(records: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = app("tickets")
-    parts = Tickets(records, lambda work_id: None, lambda: TURN, None, lambda: "example-callback", PLACE)
+    parts = Tickets(records, lambda work_id: None, lambda: TURN, None, lambda: "example-callback", PLACE, SOURCES)
     monkeypatch.setattr(module, "tickets", lambda: parts)
     return module
 
@@ -227,7 +230,16 @@ def test_uploads_are_signed_and_heard_of(tickets: ModuleType, records: MemorySto
     assert (record.outputs.files, record.outputs.bytes, record.outputs.problem) == (1, 12, None)
 
 
-@pytest.mark.parametrize("path", ["/outputs", "/outputs-put"])
+def test_the_sources_of_a_workspace_are_told(tickets: ModuleType, records: MemoryStore) -> None:
+    record = records.get("sesn_01EXAMPLE")
+    assert record
+    records.save(record.model_copy(update={"wishes": Wishes(archive="s3://listed/a.zip")}))
+    assert json.loads(tickets.handler(sample("tickets_redeem"), CONTEXT)["body"])["staging"] is True
+    reply = tickets.handler(sample("tickets_staging"), CONTEXT)
+    assert json.loads(reply["body"]) == {"archive": {"name": "a.zip", "url": "https://listed/a.zip"}, "max_bytes": 100}
+
+
+@pytest.mark.parametrize("path", ["/outputs", "/outputs-put", "/staging"])
 @pytest.mark.parametrize(("body", "status"), [("[" * 400_000, 400), ("{}", 400), (None, 400)])
 def test_a_bad_word_on_outputs_is_refused(tickets: ModuleType, path: str, body: str | None, status: int) -> None:
     assert tickets.handler(sample("tickets_outputs") | {"rawPath": path, "body": body}, CONTEXT)["statusCode"] == status

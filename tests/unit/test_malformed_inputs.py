@@ -177,7 +177,7 @@ def test_tickets_refuse_what_is_malformed() -> None:
     last_word = sample("tickets_turn_ended")
 
     @thorough
-    @given(requests(sample("tickets_redeem"), last_word, sample("tickets_outputs"), sample("tickets_outputs_put")))
+    @given(requests(sample("tickets_redeem"), last_word, sample("tickets_outputs"), sample("tickets_staging")))
     def refused(event: dict[str, Any]) -> None:
         parts = Tickets(
             launching(PickyStore()),

@@ -144,7 +144,7 @@ def test_bad_configuration_ends_with_one_clear_line_and_its_own_code() -> None:
 
 def test_exit_codes_are_distinct_and_none_is_one_that_shells_and_engines_use() -> None:
     codes = [int(code) for code in ExitCode]
-    assert len(set(codes)) == len(ExitCode.__members__) == 10
+    assert len(set(codes)) == len(ExitCode.__members__) == 12
     assert all(code == 0 or (code != 2 and code < 64) for code in codes)
 
 
