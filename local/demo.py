@@ -54,6 +54,9 @@ REPORT = [bash("mkdir outputs/charts; echo 42 > outputs/charts/a.txt; echo resul
 STAGED = [bash("cat src/note", "from the archive")]
 DRAFT = [bash("echo draft > outputs/draft.txt; sleep 60", "")]
 
+# What the log of a served session tells (docs/operations.md, "Logs"), and who must have spoken
+STORY = {"received", "held", "launched", "sandbox runs", "ticket used", "container dead", "turn ended", "sandbox"}
+
 
 @dataclass
 class Case:
@@ -282,7 +285,8 @@ class Demo:
         found += [f"a webhook was answered {told['status']}, must be 202" for told in untold]
         if not state["webhooks"]:
             found.append("no webhook was sent")
-        return found + self.sizes() + self.dead_letters() + self.leaks()
+        logs = self.logs()
+        return found + self.sizes() + self.dead_letters() + self.untold(logs) + self.leaks(logs)
 
     def sizes(self) -> list[str]:
         """Tasks of another machine or image than their session's metadata chose."""
@@ -322,16 +326,33 @@ class Demo:
         count = sum(int(queue["Attributes"][name]) for name in names)
         return [f"{count} messages are in the dead-letter queue"] if count else []
 
-    def leaks(self) -> list[str]:
-        """Secret values in anything that an operator or ECS reader can see."""
-        secrets = [*self.control("GET", "secrets")["secrets"], *self.stack.keys]
-        places = {"DynamoDB": json.dumps(list(self.records().values()), default=str)}
-        logs, ecs, loops = (self.stack.client(name) for name in ("logs", "ecs", "stepfunctions"))
+    def logs(self) -> dict[str, list[str]]:
+        """The lines of every log group."""
+        logs, lines = self.stack.client("logs"), dict[str, list[str]]()
         for page in logs.get_paginator("describe_log_groups").paginate():
             for group in page["logGroups"]:
                 name = group["logGroupName"]
                 pages = logs.get_paginator("filter_log_events").paginate(logGroupName=name)
-                places[f"log {name}"] = "\n".join(e["message"] for p in pages for e in p["events"])
+                lines[name] = [line for p in pages for e in p["events"] for line in e["message"].splitlines()]
+        return lines
+
+    def untold(self, logs: dict[str, list[str]]) -> list[str]:
+        """Moments of a served session that no line with its ids tells, over functions and sandbox."""
+        told: dict[str, set[str]] = {case.work_id: set() for case in self.cases}
+        for line in (line for lines in logs.values() for line in lines if line.startswith("{")):
+            said = json.loads(line)
+            if said.get("work_id") in told and "turn" in said:
+                told[said["work_id"]] |= {said["message"], said["service"]}
+        served = [case for case in self.cases if case.outcome == "completed"]
+        silent = {case.name: sorted(STORY - told[case.work_id]) for case in served if STORY - told[case.work_id]}
+        return [f"{name}: no log line tells of {', '.join(moments)}" for name, moments in silent.items()]
+
+    def leaks(self, logs: dict[str, list[str]]) -> list[str]:
+        """Secret values in anything that an operator or ECS reader can see."""
+        secrets = [*self.control("GET", "secrets")["secrets"], *self.stack.keys]
+        places = {"DynamoDB": json.dumps(list(self.records().values()), default=str)}
+        ecs, loops = (self.stack.client(name) for name in ("ecs", "stepfunctions"))
+        places |= {f"log {name}": "\n".join(lines) for name, lines in logs.items()}
         places["ECS"] = json.dumps(self.tasks(ecs), default=str)
         machine = self.stack.outputs["StateMachineArn"]
         for execution in loops.list_executions(stateMachineArn=machine)["executions"]:
