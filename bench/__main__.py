@@ -7,15 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import beats, cold_start, dispatch, report
-from bench.measuring import ChildFailed
+from bench import beats, cold_start, cost, dispatch, report, simulated
+from bench.measuring import ROOT, ChildFailed
 from local.stack import StackFailed
 
 RESULTS = Path(__file__).parent / "results"
+README, MARKS = ROOT / "README.md", ("<!-- bench -->", "<!-- /bench -->")
 PARTS: dict[str, Callable[[Callable[[str], None]], dict[str, Any]]] = {
     "cold_start": cold_start.measure,
     "dispatch": dispatch.measure,
     "beats": beats.measure,
+    "simulated": simulated.measure,
 }
 
 
@@ -26,15 +28,28 @@ def line(results: dict[str, Any]) -> str:
         "memory_ratio": ("dispatch", "memory_ratio"),
         "beat_ratio": ("beats", "beat_ratio"),
         "coldstart_ratio": ("cold_start", "coldstart_ratio"),
+        "idle_usd": ("cost", "idle_usd"),
+        "loop_usd_100": ("cost", "loop_usd_100"),
+        "loop_usd_10000": ("cost", "loop_usd_10000"),
+        "pickup_p50_ms": ("pickup", "pickup_p50_ms"),
     }
     told = {name: results.get(part, {}).get(key, "-") for name, (part, key) in figures.items()}
     return "bench: " + " ".join(f"{name}={value}" for name, value in told.items())
+
+
+def _into_readme(table: str) -> None:
+    """Between its two marks."""
+    text = README.read_text()
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    README.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="measure these parts alone")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder to write to")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md as well")
     options = parser.parse_args()
     began = time.monotonic()
 
@@ -48,7 +63,10 @@ def main() -> int:
     except (ChildFailed, StackFailed) as failure:
         print(f"bench failed: {failure}", file=sys.stderr)
         return 1
+    results["cost"] = cost.measure(results)
     report.write(results, options.results)
+    if options.readme:
+        _into_readme(report.readme_table(results))
     say(f"report in {options.results}")
     print(line(results))
     return 0

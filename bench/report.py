@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,21 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         "Written by `make bench`. Ratios compare what ran in turns in the same run; other figures are this machine's.",
         machine(results["machine"]),
     ]
-    for name, show in (("dispatch", dispatch), ("beats", beats), ("cold_start", cold_start)):
+    for name, show in _sections():
         if name in results:
             sections.append(show(results[name], folder))
     (folder / "report.md").write_text("\n\n".join(sections) + "\n")
+
+
+def _sections() -> tuple[tuple[str, Callable[[Mapping[str, Any], Path], str]], ...]:
+    """In the report's order."""
+    return (
+        ("dispatch", dispatch),
+        ("beats", beats),
+        ("simulated", simulated),
+        ("cold_start", cold_start),
+        ("cost", cost),
+    )
 
 
 def this_machine() -> dict[str, Any]:
@@ -128,6 +139,76 @@ def beats(found: Mapping[str, Any], folder: Path) -> str:
             "![beats a second](beats.png)",
         )
     )
+
+
+def simulated(found: Mapping[str, Any], _: Path) -> str:
+    return "\n\n".join(
+        (
+            "## Lateness",
+            f"{found['minutes']} simulated minutes of {found['leases']} leases (ttl 300 s), {found['failing']:.0%} of "
+            f"the API's beats failing: no beat came more than **{found['latest_s']} s** after its due time (allowed: "
+            f"{found['allowed_s']:.0f} s), {found['lost']} leases were lost. {found['rounds']} rounds, at most "
+            f"{found['calls_per_minute_max']} calls of the API a minute, {found['writes_a_beat']} writes a beat.",
+        )
+    )
+
+
+def cost(found: Mapping[str, Any], folder: Path) -> str:
+    hours = found["session_hours"]
+    _cost_plot(hours, folder / "cost.png")
+    return "\n\n".join(
+        (
+            "## Cost",
+            f"List prices of {found['region']}, {found['as_of']} (shared/prices.toml, with its sources), no free tier. "
+            f"An idle month: **${found['idle_usd']:.2f}** for control plane and secrets, webhook included; "
+            f"alarms and dashboard ${found['observability_usd']:.2f} more. Targets: $1.50 idle; the loop "
+            "at most 2e-4 a session-hour at 100 sessions, 1.2e-4 at 10,000, writes included.",
+            "USD a session-hour of keeping leases, 30 s beats: a stop is noticed within 31 s. Rounds in which nothing "
+            "ends; while a turn is stopping, the loop's rounds come every 3 s, up to 1,200 of 5 transitions an hour "
+            "($0.15). Sandboxes cost extra, and the same everywhere.",
+            table(
+                ("sessions", "this stack", "a loop a session", "SDK worker on Fargate", "a keeper call takes, s"),
+                ((n, h["ours"], h["loop_each"], h["worker"], h["keeper_s"]) for n, h in hours.items()),
+            ),
+            f"From counts (tests/unit/test_counts.py) and {found['cpu_ms']['ours']} ms of CPU a beat, measured here, "
+            f"with Lambda's share of a CPU at {found['keeper_mb']} MB. Over 500 sessions: so many shards or stacks.",
+            "![USD a session-hour](cost.png)",
+        )
+    )
+
+
+def _cost_plot(hours: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    names = {"ours": "this stack", "loop_each": "a loop a session", "worker": "SDK worker on Fargate"}
+    for (key, name), style in zip(names.items(), ("-o", ":s", "--^"), strict=True):
+        axes.loglog([int(n) for n in hours], [hour[key] for hour in hours.values()], style, label=name)
+    axes.set_xlabel("sessions")
+    axes.set_ylabel("USD a session-hour")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def readme_table(results: Mapping[str, Any]) -> str:
+    """The README's part: what was measured, its target, the machine."""
+    found = results
+    rows: list[tuple[str, object, str]] = []
+    if "dispatch" in found:
+        rows.append(("dispatch at 50 ms, against the SDK's poller", f"{found['dispatch']['dispatch_ratio']} x", "6 x"))
+        rows.append(("its peak memory", f"{found['dispatch']['memory_ratio']} x", "0.8 x"))
+    if "beats" in found:
+        rows.append(("beats/s, 500 leases, against the SDK's", f"{found['beats']['beat_ratio']} x", "1.5 x"))
+        rows.append(("CPU a beat", f"{found['beats']['cpu_ratio']} x", "1 x"))
+    if "cold_start" in found:
+        start = found["cold_start"]
+        rows.append(("worst cold start, against importing the SDK", f"{start['coldstart_ratio']} x", "0.35 x"))
+        rows.append(("a deploy, zipped", f"{start['sizes']['zipped_mb']} MB", "20 MB"))
+    if "cost" in found:
+        rows.append(("idle month, without alarms and dashboard", f"${found['cost']['idle_usd']:.2f}", "$1.50"))
+        for sessions, target in ((100, "2e-4"), (10000, "1.2e-4")):
+            told = f"${found['cost'][f'loop_usd_{sessions}']:.1e}"
+            rows.append((f"leases kept, a session-hour at {sessions:,}", told, f"${target}"))
+    return table(("", "measured", "target"), rows) + "\n\n" + machine(found["machine"])
 
 
 def _rates(runs: Mapping[str, Mapping[str, float]], what: str) -> dict[str, float]:

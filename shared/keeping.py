@@ -18,7 +18,6 @@ from shared.stored_key import StoredKey
 from shared.work_api import Gone, LeaseLost, NotAllowed, TryAgain, WorkApi, WorkApiError
 
 BEATS_AT_ONCE = 32
-_DUE_SLACK_MS = 500
 _IDLE_WAIT_MS = 10_000
 _STOP_WAIT_MS = 3_000
 _CLAIMED = (Phase.HELD, Phase.LAUNCHING, Phase.RUNNING, Phase.STOPPING)
@@ -63,7 +62,9 @@ class Keeper:
         kept = self._beat_due(claimed, leases)
         now = self.now()
         to_stop = sum(lifecycle.needs_stopper(entry, self.config, now) for entry in entries) + kept.wishes
-        wait_until = min([now + (_STOP_WAIT_MS if to_stop else _IDLE_WAIT_MS), *kept.due])
+        # A turn without a lease may get one of a shorter time to live than ours had
+        idle_ms = self.config.beat_interval_seconds * 1000 if entries and len(leases) == len(entries) else _IDLE_WAIT_MS
+        wait_until = min([now + (_STOP_WAIT_MS if to_stop else idle_ms), *kept.due])
         return RoundReply(
             shard=state.shard,
             generation=state.generation,
@@ -80,10 +81,13 @@ class Keeper:
             (entry, lease) for entry in entries if (lease := leases.get(entry.work_id)) and lease.turn == entry.turn
         ]
         kept = [pair for pair in mine if not pair[1].over]
-        due = [pair for pair in kept if pair[1].due_at <= now + _DUE_SLACK_MS]
+        named = lifecycle.due_now(
+            [lease for _, lease in kept], now, longest_ms=self.config.beat_interval_seconds * 1000
+        )
+        due = [pair for pair in kept if pair[1].work_id in named]
         answers, wishes = self._beat_all(due)
         if None in answers:  # a round of few would tell too little: those that are due later are asked as well
-            others = [pair for pair in kept if pair[1].due_at > now + _DUE_SLACK_MS]
+            others = [pair for pair in kept if pair[1].work_id not in named]
             more, more_wishes = self._beat_all(others)
             due, answers, wishes = due + others, answers + more, wishes + more_wishes
         _count(due, answers)

@@ -5,6 +5,7 @@ Others carry out what is decided here (DESIGN §3). All times are epoch millisec
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # half of the functions make no call and need not load its HT
 ACKED = "acked"
 LEASE_MARGIN_MS = 5_000
 LONGEST_INTERVAL_MS = 30_000
+DUE_SLACK_MS = 500
 CLAIM_WINDOW_SECONDS = 30  # how long after our ack a claim can still be our own (DESIGN §5, rule 4)
 OWN_EXIT_GRACE_MS = 5_000
 WISHES_PATIENCE_MS = 15_000
@@ -247,6 +249,23 @@ ALREADY_STOPPED = StopWish("the item is stopped", Outcome.STOPPED, post=False, g
 LEASE_LOST = StopWish("the lease is lost", Outcome.LOST, post=False)
 OPERATOR_STOP = StopWish("stopped by an operator", Outcome.STOPPED, post=True)
 ITEM_GONE = StopWish("the work item is gone", Outcome.LOST, post=False)
+
+
+def due_now(leases: Sequence[Lease], now: int, *, longest_ms: int = LONGEST_INTERVAL_MS) -> set[str]:
+    """The work ids to beat: if any is due, also those due within half of their interval.
+
+    So the leases of a shard fall into step, and one round serves all: the loop's cost does not grow with them (with
+    less than a half, two groups could go on in turns). A lease whose last beat was not accepted keeps its time, which
+    the API may have named.
+    """
+
+    def soon(lease: Lease) -> int:
+        interval = interval_ms(lease.ttl_seconds, longest_ms)
+        return interval // 2 if lease.due_at == lease.accepted_sent_at + interval else DUE_SLACK_MS
+
+    if all(lease.due_at > now + DUE_SLACK_MS for lease in leases):
+        return set()
+    return {lease.work_id for lease in leases if lease.due_at <= now + soon(lease)}
 
 
 def after_beat(lease: Lease, beat: "Heartbeat", sent_at: int, *, longest_ms: int = LONGEST_INTERVAL_MS) -> BeatResult:

@@ -1,7 +1,7 @@
 """Many sessions at once on the simulation, without faults: `make load`. No lease may lapse, all must settle.
 
 A minute here is one of the simulated clock. The API's budget a minute: two beats a slot (every 30 s, the claim
-among them), a poll and an ack a turn, the janitor's pages of 100 items, and a few empty polls and statistics.
+among them), a poll, an ack, a look at the session and an update a turn, the janitor's pages, and a few others.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from tests.simulation.fleet import CONFIG, START, Fleet
 MINUTE_MS = 60_000
 LONGEST_MS = 12 * 60 * MINUTE_MS
 BEATS_A_SLOT = 2
-CALLS_A_TURN = 2
+CALLS_A_TURN = 4
 OTHER_CALLS = 20
 
 
