@@ -300,7 +300,7 @@ def _remarks(told: Account, records: Sequence[Record], running: Mapping[str, Spe
     if any(line.spent.spot for line in told.lines):
         found.append("Spot's price moves: it is counted at the lowest, 70 % off.")
     if running:
-        found.append(f"{len(running)} sandboxes run: they are counted until now.")
+        found.append(f"Sandboxes that still run, counted until now: {len(running)}.")
     prices = told.stack.prices
     return [
         *found,

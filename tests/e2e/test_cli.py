@@ -18,7 +18,7 @@ import pytest
 from cli import app as fleet
 from cli.stack import Fleet
 from local.demo import bash
-from local.stack import Stack, running
+from local.stack import Stack, architecture, running
 from shared.record import Phase, Record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +28,7 @@ PARAMETERS = {
     "MaxIdleSeconds": "1",
     "StopTimeoutSeconds": "5",
     "PollWindowSeconds": "0",
+    "EnableExec": "true",
 }
 BUSY = [bash("sleep 300", "")] * 4  # a sandbox that is stopped posts the result of the tool that it ended
 PATIENCE = 60.0  # seconds until what must come counts as never coming
@@ -173,6 +174,33 @@ def test_both_sides_agree_on_what_runs(operator: Operator, busy: str) -> None:
     assert told["items"][busy] == "active"
     assert told["live"][busy] == "running"
     assert not [remark for remark in told["remarks"] if "no live record" in remark or "We hold" in remark]
+
+
+def test_a_sandbox_is_entered_as_far_as_a_local_aws_goes(
+    operator: Operator, busy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own ECS was asked to start it with ECS Exec and to open a session; it has no agent that could."""
+    assert operator.json("exec", busy)["possible"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "how to get it" in operator.said("exec", busy)[2]
+    (tmp_path / "session-manager-plugin").symlink_to("/bin/false")
+    code, out, err = operator.said("exec", busy, "--", "ls", "-l")
+    assert (code, out) == (4, "")
+    assert "ECS does not reach its agent" in err
+
+
+def test_what_runs_is_charged_until_now_and_what_has_ended_by_its_own_times(operator: Operator, busy: str) -> None:
+    quick = operator.session([bash("echo 1", "1")])
+    eventually(lambda: operator.outcome(quick) == "completed")
+    told = operator.json("cost")
+    [ended] = [one for one in told["sessions"] if one["work_id"] == quick]
+    assert (ended["sandboxes"], ended["seconds"]) == (1, 60), "a minute at least is charged"
+    vcpu, gb = {"arm64": (0.03238, 0.00356), "x86_64": (0.04048, 0.004445)}[architecture()]
+    assert ended["usd"] == pytest.approx((vcpu + 2 * gb + 0.005) / 60, abs=1e-6)
+    assert [one["sandboxes"] for one in told["sessions"] if one["work_id"] == busy] == [1]
+    assert told["total"]["control_plane_usd"] > 0
+    assert not [remark for remark in told["remarks"] if "Not known" in remark]
+    assert operator.run("cost", "--csv").count(quick) == 1
 
 
 def test_an_unknown_id_offers_the_nearest(operator: Operator, busy: str) -> None:
