@@ -31,6 +31,8 @@ OWN_EXIT_GRACE_MS = 5_000
 WISHES_PATIENCE_MS = 15_000
 ROUND_MS = 30_000
 MOST_INTERRUPTIONS = 2  # of one turn on Spot capacity; then it goes on demand
+MOST_UNSTOPPED = 5
+"""Uncounted attempts of a turn that was over and whose item could not be stopped: with their delays a ttl of 300 s."""
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 5, 240
 TOO_SOON_MS = 10_000
 SECOND_LOOK_MS = 120_000  # well under the janitor's round, well over two runs that happen to overlap
@@ -419,11 +421,12 @@ def growing_delay(tries: int) -> int:
 
 
 def relaunch_delay(record: Record) -> int:
-    """Seconds that the launch message of this attempt waits: only when its predecessors found no room.
+    """Seconds that the launch message of this attempt waits: only where another at once would fare no better.
 
-    Or no image of their own, which the circuit breaker does not count, nor space (breaker.failed).
+    Its predecessors found no room, or no image of their own, which the circuit breaker does not count, nor space
+    (breaker.failed); or the API did not stop the item at the turn's end.
     """
-    tries = max(record.never_started, record.refused if has_own_image(record) else 0)
+    tries = max(record.never_started, record.unstopped, record.refused if has_own_image(record) else 0)
     return growing_delay(tries) if tries else 0
 
 
@@ -508,11 +511,13 @@ def after_container_stopped(
     unstopped = exit_code == NOT_STOPPED or record.phase is Phase.STOPPING
     why = "its item could not be stopped" if unstopped else record.restart_reason or diagnosis.summary
     no_room = diagnosis.kind is Kind.LAUNCH_CAPACITY  # bounded by the launch deadline
-    counted = record.attempt - record.interruptions - record.never_started - record.refused - record.granted
+    not_ours = record.interruptions + record.never_started + record.refused + record.granted
+    counted = record.attempt - not_ours - min(record.unstopped + (exit_code == NOT_STOPPED), MOST_UNSTOPPED)
     if not interrupted and not no_room and counted >= max_attempts:
         outcome = Outcome.TIMED_OUT if record.restart_reason else Outcome.FAILED
         wish = StopWish(f"attempt {record.attempt} failed: {why}", outcome, post=True)
         return _ended(told.model_copy(update={"phase": Phase.RUNNING}), now, wish)
+    told = told.model_copy(update={"unstopped": record.unstopped + (exit_code == NOT_STOPPED)})
     return _next_attempt(told, now, why, interrupted=interrupted, no_room=no_room)
 
 

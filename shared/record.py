@@ -132,6 +132,7 @@ class Record(BaseModel):
     put_off: str | None = None  # why the last try started nothing
     interruptions: int = 0
     never_started: int = 0  # attempts that ECS took and could not start for want of room
+    unstopped: int = 0  # attempts that served the turn to its end and left because the API did not stop the item
     # the sandbox of this attempt
     started_by: str | None = None
     task_arn: str | None = None

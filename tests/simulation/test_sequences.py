@@ -445,6 +445,16 @@ def test_an_outage_at_the_end_of_a_turn_has_it_ended_again(play: Play) -> None:
     assert session.served == 1
 
 
+def test_an_outage_at_the_end_of_a_turn_uses_up_no_attempt(play: Play) -> None:
+    """The alarms' simulated day: a turn that was served ended failed, its item could not be stopped for minutes."""
+    session = play.running()
+    play.fleet.api_goes_away(240)
+    session.pending = 0
+    play.settle()
+    assert play.outcomes(session) == [COMPLETED]
+    assert len(play.tasks(session)) > play.fleet.config.max_attempts
+
+
 def test_a_409_to_the_ack_of_an_item_that_is_no_session_stops_nothing(play: Play) -> None:
     """Commit bac5ed3: another worker held the healthcheck item that our 409 spoke of."""
     queue = play.fleet.queue
