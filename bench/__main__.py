@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import beats, cold_start, cost, dispatch, report, simulated
+from bench import beats, cold_start, cost, dispatch, pickup, report, simulated
 from bench.measuring import ROOT, ChildFailed
 from local.stack import StackFailed
 
@@ -18,6 +18,7 @@ PARTS: dict[str, Callable[[Callable[[str], None]], dict[str, Any]]] = {
     "dispatch": dispatch.measure,
     "beats": beats.measure,
     "simulated": simulated.measure,
+    "pickup": pickup.measure,
 }
 
 
@@ -60,7 +61,7 @@ def main() -> int:
     try:
         for name in options.only:
             results[name] = PARTS[name](say)
-    except (ChildFailed, StackFailed) as failure:
+    except (ChildFailed, StackFailed, TimeoutError) as failure:
         print(f"bench failed: {failure}", file=sys.stderr)
         return 1
     results["cost"] = cost.measure(results)

@@ -26,7 +26,7 @@ def child(
     done = subprocess.run(
         argv,
         cwd=ROOT,
-        env={"PATH": os.environ["PATH"], **AWS, **(environment or {})},
+        env=surroundings(environment or {}),
         input=json.dumps(given),
         capture_output=True,
         text=True,
@@ -41,6 +41,11 @@ def child(
     return answer
 
 
+def surroundings(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a measured process is given: nothing of ours but what it needs."""
+    return {"PATH": os.environ["PATH"], **AWS, **environment}
+
+
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:
     """Of each figure, the median over the runs."""
     return {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
@@ -49,6 +54,14 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 def side(
     name: str, arguments: Iterable[object], environment: Mapping[str, str], given: object = None
 ) -> dict[str, Any]:
-    """The answer of `bench/{name}.py`, isolated so that it finds only the packages that it puts on its path."""
+    """The answer of `bench/{name}.py`."""
+    argv, given_to_it = isolated_python(name, arguments, environment)
+    return child(argv[1:], given_to_it, given)
+
+
+def isolated_python(
+    name: str, arguments: Iterable[object], environment: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """How `bench/{name}.py` is run, and in what environment: it finds only the packages that it puts on its path."""
     start = f"import sys; sys.path.append({str(ROOT)!r}); from bench import {name}; {name}.main()"
-    return child(["-I", "-S", "-c", start, *map(str, arguments)], environment, given)
+    return [sys.executable, "-I", "-S", "-c", start, *map(str, arguments)], surroundings(environment)

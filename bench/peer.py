@@ -7,7 +7,9 @@ import asyncio
 import json
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from bench import as_lambda
@@ -67,7 +69,24 @@ async def beats(rounds: float) -> dict[str, Any]:
     return {"runs": runs, "peak_mb": as_lambda.peak_mb()}
 
 
+async def work() -> dict[str, Any]:
+    """Its worker, polling and serving until standard input ends."""
+    environment_id, key = os.environ["FLEET_ENVIRONMENT_ID"], os.environ["ENVIRONMENT_KEY"]
+    with tempfile.TemporaryDirectory() as workdir:
+        async with client() as sdk:
+            worker = sdk.beta.environments.work.worker(
+                environment_id=environment_id, environment_key=key, workdir=workdir, max_idle=1.0
+            )
+            serving = asyncio.create_task(worker.run())
+            await asyncio.to_thread(sys.stdin.read)
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+    return {}
+
+
 def main() -> None:
     sys.path.insert(0, str(as_lambda.SDK_SITE))
     what, *arguments = sys.argv[1:]
-    print(json.dumps(asyncio.run({"dispatch": dispatch, "beats": beats}[what](*map(float, arguments)))))
+    sides: dict[str, Callable[..., Coroutine[Any, Any, dict[str, Any]]]]
+    sides = {"dispatch": dispatch, "beats": beats, "work": work}
+    print(json.dumps(asyncio.run(sides[what](*map(float, arguments)))))

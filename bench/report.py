@@ -41,6 +41,7 @@ def _sections() -> tuple[tuple[str, Callable[[Mapping[str, Any], Path], str]], .
         ("beats", beats),
         ("simulated", simulated),
         ("cold_start", cold_start),
+        ("pickup", pickup),
         ("cost", cost),
     )
 
@@ -153,6 +154,23 @@ def simulated(found: Mapping[str, Any], _: Path) -> str:
     )
 
 
+def pickup(found: Mapping[str, Any], _: Path) -> str:
+    ways = {"webhook": "ours, webhook", "polling": "ours, polling", "peer": "official SDK's worker"}
+    names = ("accepted_p50_ms", "accepted_p95_ms", "result_p50_ms", "result_p95_ms")
+    return "\n\n".join(
+        (
+            "## Pickup",
+            "From queued to RunTask accepted and to the first tool result, ms, on the local stack; "
+            f"{found['sessions']} sessions, one at a time. A sandbox is a process here: Fargate's own start is not in "
+            "it. The SDK's worker runs all the time and serves in its own process.",
+            table(
+                ("", "accepted p50", "p95", "first result p50", "p95"),
+                ((label, *(found[way].get(name, "-") for name in names)) for way, label in ways.items()),
+            ),
+        )
+    )
+
+
 def cost(found: Mapping[str, Any], folder: Path) -> str:
     hours = found["session_hours"]
     _cost_plot(hours, folder / "cost.png")
@@ -203,6 +221,10 @@ def readme_table(results: Mapping[str, Any]) -> str:
         start = found["cold_start"]
         rows.append(("worst cold start, against importing the SDK", f"{start['coldstart_ratio']} x", "0.35 x"))
         rows.append(("a deploy, zipped", f"{start['sizes']['zipped_mb']} MB", "20 MB"))
+    if "pickup" in found:
+        told = found["pickup"]["webhook"]
+        rows.append(("queued to RunTask accepted, by webhook, p50", f"{told['accepted_p50_ms']} ms", "1,000 ms"))
+        rows.append(("its p95", f"{told['accepted_p95_ms']} ms", "-"))
     if "cost" in found:
         rows.append(("idle month, without alarms and dashboard", f"${found['cost']['idle_usd']:.2f}", "$1.50"))
         for sessions, target in ((100, "2e-4"), (10000, "1.2e-4")):

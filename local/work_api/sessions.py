@@ -175,7 +175,7 @@ class Session:
         used, step = self._asked
         self._asked = None
         self._answered.add(used)
-        self.results.append({"tool_use_id": used, "is_error": is_error, "text": text})
+        self.results.append({"tool_use_id": used, "is_error": is_error, "text": text, "at": timestamp(self.now())})
         expect = step.get("expect", "")
         if is_error or expect not in text:
             self.mismatches.append(
