@@ -9,6 +9,7 @@ import pytest
 from local.work_api.server import Server
 from local.work_api.switches import Switches, values_of
 from shared import lifecycle
+from shared.launching import PutOff
 from shared.record import Outcome, Phase
 from shared.ticketing import TicketRefused
 from shared.work_api import NO_HEARTBEAT, TryAgain, WorkApiError
@@ -78,8 +79,14 @@ def one_round(plane: Plane) -> None:
     """Everything the stack does in 10 seconds; a sandbox runs for one round unless it is told to stop."""
     with contextlib.suppress(WorkApiError):  # a function that fails is run again by its schedule
         plane.poll()
+    back = []
     while plane.queue.sent:
-        plane.launcher.launch(plane.queue.sent.pop())
+        message = plane.queue.sent.pop()
+        try:
+            plane.launcher.launch(message)
+        except PutOff:  # the message comes back
+            back.append(message)
+    plane.queue.sent += back
     plane.beat()
     plane.stop()
     assert len(live_tasks(plane)) <= 1

@@ -176,7 +176,13 @@ def _unserved_untold(stack: ExitStack) -> None:
     stack.enter_context(
         patch.object(Tickets, "turn_ended", lambda self, word: real(self, word.model_copy(update={"unserved": False})))
     )
-    stack.enter_context(patch.object(lifecycle, "UNSERVED", 99))
+    after = lifecycle.after_container_stopped
+
+    def as_if_finished(record: Record, diagnosis: Any, exit_code: int | None, *rest: Any, **more: Any) -> Any:
+        told = lifecycle.FINISHED if exit_code == lifecycle.UNSERVED else exit_code
+        return after(record, diagnosis, told, *rest, **more)
+
+    stack.enter_context(patch.object(lifecycle, "after_container_stopped", as_if_finished))
 
 
 def _secret_kept(stack: ExitStack) -> None:
