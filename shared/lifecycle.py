@@ -540,7 +540,7 @@ def _ended(record: Record, now: int, wish: StopWish) -> Record:
 
 def held_back(record: Record, now: int, why: str) -> Record:
     """`held` again, as another attempt that does not count; nothing of this one runs."""
-    refused = {"refused": record.refused + 1, "refused_since": record.refused_since or now}
+    refused = {"refused": record.refused + 1, "refused_since": record.refused_since or now, "put_off": why}
     return _next_attempt(record, now, why, interrupted=False, no_room=False).model_copy(update=refused)
 
 

@@ -20,6 +20,9 @@ REGRESSION_SEEDS = (  # each still fails when its bug is put back; the rule itse
     # Commit 2c4685a, seed 6924 then: a claim refused without a state, after an unanswered ack, was given up
     # (test_a_claim_refused_without_a_state_after_an_unanswered_ack_is_not_given_up)
     155,
+    # A turn that waited for a missing image was given up by the launch deadline without a word of the image
+    # (test_a_turn_held_back_for_a_missing_image_says_so_when_it_is_given_up)
+    5441,
 )
 
 

@@ -137,3 +137,11 @@ def test_after_a_refusal_each_subnet_is_tried_alone_from_the_turn_s_own_one_on()
 def test_the_launch_deadline_ends_only_what_waits_for_a_task(changes: dict[str, object], *, ends: bool) -> None:
     config = Config(table="work", launch_timeout_seconds=60)
     assert (lifecycle.launch_overdue(waiting(**changes), config, 61_000) is not None) is ends
+
+
+def test_a_turn_held_back_for_a_missing_image_says_so_when_it_is_given_up() -> None:
+    held = lifecycle.held_back(waiting(phase=Phase.LAUNCHING), 1_000, "there is no such image")
+    assert (held.phase, held.attempt, held.refused) == (Phase.HELD, 2, 1)
+    wish = lifecycle.launch_overdue(held, Config(table="work", launch_timeout_seconds=60), 61_000)
+    assert wish
+    assert wish.reason == "no sandbox could be started within 60 s: there is no such image"
