@@ -264,7 +264,7 @@ class Claimer:
                     case Verdict.OURS if state and state.last_heartbeat:
                         granted = state.ttl_seconds or ttl
                         lease = lifecycle.recognised_lease(record, state.last_heartbeat, granted, self.now())
-                        return self._hold(record, lease)
+                        return self._hold(record, self._extended(lease))
                     case Verdict.LOST:
                         return self._close(record, Outcome.NOT_OURS)
                     case Verdict.OVER:
@@ -282,6 +282,17 @@ class Claimer:
                     self.api.stop(record.work_id, force=True)  # stopped before anyone claimed it (W§7.1)
                 return self._close(record, Outcome.STOPPED)
         return False
+
+    def _extended(self, lease: Lease) -> Lease:
+        """A lease that a crash left may be nearly over, so it is beaten at once; a failure changes nothing."""
+        sent_at, longest_ms = self.now(), self.config.beat_interval_seconds * 1000
+        try:
+            beat = self.api.heartbeat(lease.work_id, lease.value, desired_ttl_seconds=self.config.lease_ttl_seconds)
+        except WorkApiError as error:
+            log.warning("beat not answered", **log_fields(lease), error=error.message)
+            return lease
+        result = lifecycle.after_beat(lease, beat, sent_at, longest_ms=longest_ms)
+        return result.lease if result.accepted and result.wish is None else lease  # a wish is the keeper's to see
 
     def _hold(self, record: Record, lease: Lease) -> bool:
         try:
