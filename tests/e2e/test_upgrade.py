@@ -62,6 +62,9 @@ class Upgrade(Demo):
         elif self.hold.exists() and any(states.count("Beat") > FEW_ROUNDS for states in self.executions()):
             self.hold.unlink()
 
+    def is_whole(self, case: Case) -> bool:
+        return case is self.arrives_after
+
     def executions(self) -> list[list[str]]:
         """The states that each execution of the lease loop entered, the oldest first."""
         found = self.loops.list_executions(stateMachineArn=self.stack.outputs["StateMachineArn"])["executions"]
