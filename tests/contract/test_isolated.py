@@ -31,6 +31,7 @@ def test_agent_code_sees_its_folder_and_nothing_else_of_the_machine(tmp_path: Pa
     task.mkdir()
     other.mkdir()
     (other / "key").write_text(SECRET)
+    hidden = [str(other / "key"), str(isolated.ROOT / "template.yaml"), str(Path.home() / ".ssh"), "/var", "/run"]
     code = f"""
 import json, os, pathlib
 pathlib.Path("left").write_text("by the agent")
@@ -41,7 +42,7 @@ print(json.dumps({{
     "turn": os.environ["FLEET_TURN"],
     "processes": sum(name.isdigit() for name in os.listdir("/proc")),
     "home": os.environ["HOME"],
-    "sees": [p for p in ({str(other / "key")!r}, "/home", "/root/.ssh", "/var", "/run") if os.path.exists(p)],
+    "sees": [path for path in {hidden!r} if os.path.exists(path)],
     "writes": [p for p in ("/usr", {str(isolated.ROOT / "sandbox")!r}) if os.access(p, os.W_OK)],
     "runner": __import__("runner").__name__,
 }}))

@@ -68,12 +68,13 @@ def up(api: str, tmp_path: Path) -> Iterator[kept.Kept]:
         assert kept.find() is None
 
 
-def test_a_real_environment_is_served_with_its_agents_shut_in(api: str, up: kept.Kept) -> None:
+def test_a_real_environment_is_served_with_its_agents_shut_in(api: str, up: kept.Kept, tmp_path: Path) -> None:
     # What an agent's command finds of this machine: neither its files nor its processes
     command = (
-        f"ls {ROOT} /home /root/.ssh 2>/dev/null | wc -l; ls /proc | grep -c '^[0-9]' | grep -c ...; echo $((6*7))"
+        f"test -e {ROOT}/template.yaml || echo no checkout; test -e {tmp_path}/key || echo no key file; "
+        "grep -aq 'py[t]est' /proc/[0-9]*/cmdline || echo no process"
     )
-    script = [{"tool": "bash", "input": {"command": command}, "expect": "0\n0\n42"}]
+    script = [{"tool": "bash", "input": {"command": command}, "expect": "no checkout\nno key file\nno process"}]
     work_id = httpx.post(f"{api}/_control/sessions", json={"script": script}).json()["sessions"][0]["work_id"]
     where = {"AWS_ENDPOINT_URL": up.aws_url}
     end = time.monotonic() + PATIENCE
@@ -84,6 +85,8 @@ def test_a_real_environment_is_served_with_its_agents_shut_in(api: str, up: kept
         listed = json.loads(fleet("ls", "--all", "--json", **where).stdout or "[]")
         record = next((known for known in listed if known["work_id"] == work_id), {})
     assert (record["outcome"], record["exit_code"]) == ("completed", 0)
+    (session,) = httpx.get(f"{api}/_control/state").json()["sessions"]
+    assert (len(session["results"]), session["mismatches"]) == (1, [])
 
     status = json.loads(fleet("local", "status", "--json").stdout)
     assert (status["real"], status["aws_url"], status["environment_id"]) == (True, up.aws_url, ENVIRONMENT)
