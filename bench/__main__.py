@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from bench import beats, cold_start, cost, dispatch, pickup, report, simulated
 from bench.measuring import ROOT, ChildFailed
-from local.stack import StackFailed
+from local.stack import StackFailed, build
 
 RESULTS = Path(__file__).parent / "results"
 README, MARKS = ROOT / "README.md", ("<!-- bench -->", "<!-- /bench -->")
@@ -59,6 +60,8 @@ def main() -> int:
 
     results: dict[str, Any] = {"machine": report.this_machine(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
     try:
+        with tempfile.TemporaryDirectory(prefix="sandbox-fleet-") as folder:
+            build(Path(folder), say)  # what is measured is what would be deployed
         for name in options.only:
             results[name] = PARTS[name](say)
     except (ChildFailed, StackFailed, TimeoutError) as failure:

@@ -6,7 +6,6 @@ machine that is its length, and a busy one disturbs it least. Also the sizes of 
 
 import io
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 from bench.as_lambda import BUILDERS, LAYER, SDK
 from bench.measuring import ROOT, child, medians
-from local.stack import build
 from shared.config import Config
 
 CACHED, SOURCE = "cached", "source"
@@ -56,9 +54,7 @@ def settings() -> dict[str, str]:
 
 
 def measure(say: Callable[[str], None]) -> dict[str, Any]:
-    """All functions and the SDK, in turns; see the module."""
-    with tempfile.TemporaryDirectory(prefix="sandbox-fleet-") as folder:
-        build(Path(folder), say)
+    """All functions and the SDK, in turns; see the module. The packages must be built (local.stack.build)."""
     subjects = [SDK, *BUILDERS]
     starts: dict[str, dict[str, Any]] = {}
     for kind, rounds in _ROUNDS.items():

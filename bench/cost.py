@@ -14,6 +14,7 @@ import yaml
 
 from bench.measuring import ROOT
 from cli.cost import A_BEAT, A_ROUND, PRICES, Stack, Unit, read_prices
+from shared.keeping import BEATS_AT_ONCE
 
 SESSIONS = (1, 10, 100, 1_000, 10_000)
 SHARD_SESSIONS = 500  # MaxSessions' most: more sessions are so many stacks or shards
@@ -83,9 +84,9 @@ def _session_hours(stack: Stack, sessions: int, memory_mb: int, cpu_ms: Mapping[
 
 
 def keeper_seconds(leases: float, memory_mb: int, cpu_ms: float) -> float:
-    """How long a round takes on Lambda: its calls wait 32 at once, or its share of a CPU is the limit."""
+    """How long a round takes on Lambda: its calls wait BEATS_AT_ONCE at a time, or its share of a CPU is the limit."""
     vcpu = min(1.0, memory_mb / MB_OF_ONE_VCPU)  # one interpreter uses no second one
-    return 2 * ROUND_TRIP_SECONDS + max(leases / 32 * 2 * ROUND_TRIP_SECONDS, leases * cpu_ms / 1000 / vcpu)
+    return 2 * ROUND_TRIP_SECONDS + max(leases / BEATS_AT_ONCE * 2 * ROUND_TRIP_SECONDS, leases * cpu_ms / 1000 / vcpu)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from shared.store import Conflict, Store, change
 from shared.stored_key import StoredKey
 from shared.work_api import Gone, LeaseLost, NotAllowed, TryAgain, WorkApi, WorkApiError
 
-BEATS_AT_ONCE = 32
+BEATS_AT_ONCE = 96
 _IDLE_WAIT_MS = 10_000
 _STOP_WAIT_MS = 3_000
 _CLAIMED = (Phase.HELD, Phase.LAUNCHING, Phase.RUNNING, Phase.STOPPING)

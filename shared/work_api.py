@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Annotated, Any, ClassVar, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from pydantic import (
@@ -29,6 +30,12 @@ from shared import __version__
 NO_HEARTBEAT = "NO_HEARTBEAT"
 """The expected value that claims an item which was never beaten (W§6.2)."""
 
+_HEADERS = {
+    "accept": "application/json",
+    "anthropic-version": "2026-10-21",
+    "anthropic-beta": "managed-agents-2026-04-01",
+    "user-agent": f"sandbox-fleet/{__version__}",
+}
 _CALL_SECONDS = 10.0
 _BRIEF_SECONDS = 3.0  # of what a launch waits for
 _READ_TRIES = 3
@@ -234,6 +241,47 @@ class _AlreadyStopped(WorkApiError):
     """A stop's 409 (W§7.1)."""
 
 
+class _Connections:
+    """HTTP transports of one connection each, the last used first.
+
+    httpx's own pool looks at all of its connections at every call: 96 threads get a third of these calls through it
+    (bench/beats.py). Its client adds cookies, redirects and authentication, of which this API needs none.
+    """
+
+    def __init__(self, base_url: str, given: httpx.BaseTransport | None) -> None:
+        self._given, self._idle, self._tls = given, list[httpx.BaseTransport](), httpx.create_ssl_context()
+        url = httpx.URL(base_url)
+        named = getproxies()
+        proxy = None if proxy_bypass(url.host) else named.get(url.scheme) or named.get("all")
+        self._proxy = f"http://{proxy}" if proxy and "://" not in proxy else proxy
+
+    def send(self, request: httpx.Request) -> httpx.Response:
+        """The whole reply. Raises httpx.HTTPError."""
+        try:
+            transport = self._idle.pop()
+        except IndexError:
+            transport = self._given or self._opened()
+        try:
+            reply = transport.handle_request(request)
+            try:
+                reply.read()
+            finally:
+                reply.close()  # of what cannot be decoded too, else its connection would stay taken
+        finally:
+            self._idle.append(transport)
+        return reply
+
+    def _opened(self) -> httpx.HTTPTransport:
+        # Idle connections are dropped early: one that died while a function was frozen would leave a
+        # stop or an ack unanswered.
+        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=5)
+        return httpx.HTTPTransport(verify=self._tls, proxy=self._proxy, limits=limits)
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+
 _Model = TypeVar("_Model", bound=BaseModel)
 _Result = TypeVar("_Result")
 _UNREADABLE = object()
@@ -242,7 +290,7 @@ _UNREADABLE = object()
 class WorkApi:
     """The eight calls (W§1) for one environment, and its sessions' events.
 
-    Build one, share it: `max_connections` threads may use it.
+    Build one, share it among any number of threads: each call has a connection of its own, kept for the next.
     `key` is asked at every call, so a rotated key takes effect at once. poll, ack, heartbeat and stop make
     exactly one attempt (DESIGN §7), `session` as well; the other reads and update try `_READ_TRIES` times on TryAgain.
     Every call raises WorkApiError; an argument that no server would take raises ValueError.
@@ -257,7 +305,6 @@ class WorkApi:
         worker_id: str | None = None,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
-        max_connections: int = 32,
         now: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -267,20 +314,7 @@ class WorkApi:
             raise ValueError("worker_id must be printable ASCII: it is sent as a header")
         self._key, self._worker_id, self._sleep = key, worker_id, sleep
         self._now, self._jitter = now, jitter
-        self._http = httpx.Client(
-            transport=transport,
-            follow_redirects=False,
-            headers={
-                "anthropic-version": "2026-10-21",
-                "anthropic-beta": "managed-agents-2026-04-01",
-                "user-agent": f"sandbox-fleet/{__version__}",
-            },
-            # Idle connections are dropped early: one that died while a function was frozen would leave a
-            # stop or an ack unanswered.
-            limits=httpx.Limits(
-                max_connections=max_connections, max_keepalive_connections=max_connections, keepalive_expiry=5
-            ),
-        )
+        self._http = _Connections(base_url, transport)
 
     def __repr__(self) -> str:
         return f"WorkApi({self._root!r})"
@@ -446,14 +480,16 @@ class WorkApi:
         if not _fits_header(key):
             raise NotAllowed(f"{what} was not sent: the key is empty or not printable ASCII")
         try:
-            reply = self._http.request(
+            url = path if path.startswith(self._sessions) else self._root + path
+            query = urlencode({name: value for name, value in (params or {}).items() if value is not None})
+            request = httpx.Request(
                 method,
-                path if path.startswith(self._sessions) else self._root + path,
-                params={name: value for name, value in (params or {}).items() if value is not None},
+                f"{url}?{query}" if query else url,
                 json=json,
-                headers={"Authorization": f"Bearer {key}", **(headers or {})},
-                timeout=timeout_seconds,
+                headers={**_HEADERS, "Authorization": f"Bearer {key}", **(headers or {})},
+                extensions={"timeout": httpx.Timeout(timeout_seconds).as_dict()},
             )
+            reply = self._http.send(request)
         # The cause is not chained: its text could quote a header.
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise NotSent(f"{what} was not sent: {_reason(error, key)}") from None

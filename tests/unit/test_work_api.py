@@ -3,7 +3,10 @@
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -724,15 +727,88 @@ def test_no_secret_reaches_an_error_of_the_transport() -> None:
     assert caught.value.__cause__ is None
 
 
+class Wire:
+    """An HTTP server on 127.0.0.1 that answers every GET and POST alike; `urls` and `peers` tell who asked for what."""
+
+    def __init__(self, body: bytes, **headers: str) -> None:
+        wire, self.urls, self.peers = self, list[str](), set[Any]()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                wire.urls.append(self.path)
+                wire.peers.add(self.client_address)
+                self.rfile.read(int(self.headers.get("content-length") or 0))
+                self.send_response(200)
+                for name, value in {"content-length": str(len(body)), **headers}.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_POST = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "Wire":
+        Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def api(self, url: str = "") -> WorkApi:
+        return WorkApi(url or self.url, "env_1", lambda: SecretStr(KEY))
+
+
 def test_no_secret_reaches_a_log_or_the_client_repr(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, logger="httpx"):
-        api = Server(ok(ITEM | {"secret": SECRET}), ok(BEAT)).api()
+    with caplog.at_level(logging.DEBUG), Wire(json.dumps(ITEM | {"secret": SECRET}).encode()) as wire:
+        api = wire.api()
         api.poll()
-        api.heartbeat("sesn_1", NO_HEARTBEAT)
+        api.ack("sesn_1")
+        api.close()
     logged = json.dumps([record.getMessage() for record in caplog.records])
-    assert "/v1/environments/env_1/work/poll" in logged
+    assert "receive_response_body.complete" in logged, "the HTTP library logs at this level"
     assert KEY not in logged + repr(api)
     assert SECRET not in logged
+
+
+def test_one_thread_s_calls_share_a_connection_and_several_threads_do_not_wait_for_one() -> None:
+    with Wire(json.dumps(ITEM).encode()) as wire:
+        api = wire.api()
+        assert [api.ack("sesn_1").id for _ in range(3)] == ["sesn_1"] * 3
+        assert len(wire.peers) == 1
+        with ThreadPoolExecutor(4) as pool:
+            assert [work.id for work in pool.map(api.ack, ["sesn_1"] * 40)] == ["sesn_1"] * 40
+        assert len(wire.peers) <= 4
+        api.close()
+
+
+def test_a_reply_that_cannot_be_decoded_takes_no_connection_away() -> None:
+    with Wire(b"no gzip", content_encoding="gzip") as wire:
+        api = wire.api()
+        for _ in range(2):
+            with pytest.raises(Unanswered):
+                api.ack("sesn_1")
+        assert len(wire.urls) == 2, "the second was sent too"
+        api.close()
+
+
+def test_calls_go_through_the_proxy_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Wire(json.dumps(ITEM).encode()) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.removeprefix("http://"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        through = proxy.api("http://api.test")
+        direct = proxy.api()
+        assert through.ack("sesn_1").id == direct.ack("sesn_1").id == "sesn_1"
+        assert [url.split("/v1")[0] for url in proxy.urls] == ["http://api.test", ""]
+        through.close()
+        direct.close()
 
 
 # --- a session's events (W§11.2) --------------------------------------------------------------------------
