@@ -5,24 +5,34 @@ pk = "janitor" what the janitor saw in its last round.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from boto3.dynamodb.types import TypeDeserializer, TypeSerializer
 from botocore.exceptions import ClientError
 from pydantic import SecretStr
 
+from shared.log import log
 from shared.record import Breaker, Lease, LiveEntry, Record
+from shared.together import Together
 
 if TYPE_CHECKING:
     from types_boto3_dynamodb import DynamoDBClient
+    from types_boto3_dynamodb.type_defs import BatchStatementRequestTypeDef
 
 LIVE_INDEX = "live-index"
 _CHANGE_TRIES = 8
+_READ_AT_ONCE, _WRITTEN_AT_ONCE = 100, 25  # the most that BatchGetItem and BatchExecuteStatement take
+_RECORD_NAMES, _LEASE_NAMES = (tuple(model.model_fields) for model in (Record, Lease))
 
 
 class Conflict(Exception):
     """Another actor wrote first: read again and decide anew. A normal answer, never an error to report."""
+
+
+class _Unsettled(Exception):
+    """A batch left open whether this was written."""
 
 
 class Store(Protocol):
@@ -101,45 +111,51 @@ class DynamoStore:
         self._client = client
         self._table = table
         self._out, self._in = TypeSerializer().serialize, TypeDeserializer().deserialize
+        self._reads = Together(self._read_records, _READ_AT_ONCE)
+        self._writes = Together(self._write_all, _WRITTEN_AT_ONCE)
 
     def get(self, work_id: str) -> Record | None:
-        reply = self._client.get_item(TableName=self._table, Key=self._key(work_id, "record"), ConsistentRead=True)
-        item = reply.get("Item")
-        return Record.model_validate(self._plain(item)) if item else None
+        return self._reads.ask(work_id)
+
+    def _read_records(self, work_ids: Sequence[str]) -> list[Record | None]:
+        if len(work_ids) == 1:
+            reply = self._client.get_item(
+                TableName=self._table, Key=self._key(work_ids[0], "record"), ConsistentRead=True
+            )
+            items = [reply["Item"]] if "Item" in reply else []
+        else:
+            items = self._read(dict.fromkeys(work_ids), "record")
+        records = {record.work_id: record for record in map(Record.model_validate, map(self._plain, items))}
+        return [records.get(work_id) for work_id in work_ids]
 
     def save(self, record: Record) -> Record:
         written = record.model_copy(update={"revision": record.revision + 1})
-        condition = "revision = :revision" if record.revision else "attribute_not_exists(pk)"
-        names: dict[str, Any] = {}
-        if record.revision:
-            names["ExpressionAttributeValues"] = {":revision": {"N": str(record.revision)}}
-        self._put(_record_item(written), condition, names)
+        expected = {"revision": record.revision} if record.revision else {}
+        self._writes.ask(self._write(_record_item(written), _RECORD_NAMES, expected))
         return written
 
     def get_leases(self, work_ids: Iterable[str]) -> dict[str, Lease]:
         ids, leases = list(work_ids), {}
-        for start in range(0, len(ids), 100):
-            keys = [self._key(work_id, "lease") for work_id in ids[start : start + 100]]
-            while keys:
-                reply = self._client.batch_get_item(RequestItems={self._table: {"Keys": keys, "ConsistentRead": True}})
-                for item in reply["Responses"].get(self._table, []):
-                    lease = Lease.model_validate(self._plain(item))
-                    leases[lease.work_id] = lease
-                unread = reply.get("UnprocessedKeys", {}).get(self._table)
-                keys = list(unread["Keys"]) if unread else []
+        for start in range(0, len(ids), _READ_AT_ONCE):
+            for item in self._read(ids[start : start + _READ_AT_ONCE], "lease"):
+                lease = Lease.model_validate(self._plain(item))
+                leases[lease.work_id] = lease
         return leases
+
+    def _read(self, work_ids: Iterable[str], sk: str) -> list[Any]:
+        """At most `_READ_AT_ONCE` items, none asked for twice, read consistently."""
+        items, keys = list[Any](), [self._key(work_id, sk) for work_id in work_ids]
+        while keys:
+            reply = self._client.batch_get_item(RequestItems={self._table: {"Keys": keys, "ConsistentRead": True}})
+            items += reply["Responses"].get(self._table, [])
+            unread = reply.get("UnprocessedKeys", {}).get(self._table)
+            keys = list(unread["Keys"]) if unread else []
+        return items
 
     def save_lease(self, lease: Lease, replaces: Lease | None) -> None:
         item = {"pk": lease.work_id, "sk": "lease", **lease.model_dump(exclude_none=True)}
-        if replaces is None:
-            self._put(item, "attribute_not_exists(pk) OR turn < :turn", _values(self._out, turn=lease.turn))
-        else:
-            values = _values(self._out, turn=replaces.turn, value=replaces.value)
-            self._put(
-                item,
-                "turn = :turn AND #value = :value",
-                {**values, "ExpressionAttributeNames": {"#value": "value"}},
-            )
+        expected = {"turn": replaces.turn, "value": replaces.value} if replaces else {}
+        self._writes.ask(self._write(item, _LEASE_NAMES, expected, over_older=not replaces))
 
     def live(self, shard: str) -> list[LiveEntry]:
         pages = self._client.get_paginator("query").paginate(
@@ -191,17 +207,62 @@ class DynamoStore:
         return written
 
     def _put(self, item: dict[str, Any], condition: str, extra: dict[str, Any]) -> None:
+        self._put_typed({name: self._out(value) for name, value in item.items()}, condition, extra)
+
+    def _put_typed(self, item: dict[str, Any], condition: str, extra: dict[str, Any]) -> None:
         try:
-            self._client.put_item(
-                TableName=self._table,
-                Item={name: self._out(value) for name, value in item.items()},
-                ConditionExpression=condition,
-                **extra,
-            )
+            self._client.put_item(TableName=self._table, Item=item, ConditionExpression=condition, **extra)
         except ClientError as error:
             if error.response["Error"]["Code"] == "ConditionalCheckFailedException":
-                raise Conflict(f"{item['pk']} was written by another actor") from None
+                raise Conflict(f"{item['pk']['S']} was written by another actor") from None
             raise
+
+    def _write(
+        self, item: dict[str, Any], names: Iterable[str], expected: dict[str, Any], *, over_older: bool = False
+    ) -> "_Write":
+        return _Write(
+            {name: self._out(value) for name, value in item.items()},
+            [name for name in names if name not in item],
+            {name: self._out(value) for name, value in expected.items()},
+            over_older,
+        )
+
+    def _write_all(self, writes: Sequence["_Write"]) -> list[Exception | None]:
+        """Several go in one call, each on its own condition; what that call does not settle is put alone."""
+        answers = self._execute(writes) if len(writes) > 1 else [_Unsettled()]
+        return [
+            self._put_alone(write) if isinstance(answer, _Unsettled) else answer
+            for write, answer in zip(writes, answers, strict=True)
+        ]
+
+    def _execute(self, writes: Sequence["_Write"]) -> "Sequence[Conflict | _Unsettled | None]":
+        """For each write None if it is written, or why not."""
+        try:
+            reply = self._client.batch_execute_statement(Statements=[write.statement(self._table) for write in writes])
+        except ClientError as error:
+            self._tell_open(str(error), len(writes))
+            return [_Unsettled()] * len(writes)
+        codes = [answer.get("Error", {}).get("Code", "") for answer in reply["Responses"]]
+        results = [write.result(code) for write, code in zip(writes, codes, strict=True)]
+        unusual = [
+            code
+            for code, result in zip(codes, results, strict=True)
+            if isinstance(result, _Unsettled) and code != "DuplicateItem"
+        ]
+        if unusual:
+            self._tell_open(", ".join(sorted(set(unusual))), len(unusual))
+        return results
+
+    @staticmethod
+    def _tell_open(error: str, count: int) -> None:
+        log.warning("writes that a batch left open are put alone", error=error, count=count)
+
+    def _put_alone(self, write: "_Write") -> Exception | None:
+        try:
+            self._put_typed(write.item, *write.condition())
+        except (Conflict, ClientError) as error:
+            return error
+        return None
 
     def _plain(self, item: Any) -> dict[str, Any]:
         return {name: self._in(value) for name, value in item.items()}
@@ -209,6 +270,44 @@ class DynamoStore:
     @staticmethod
     def _key(pk: str, sk: str) -> dict[str, Any]:
         return {"pk": {"S": pk}, "sk": {"S": sk}}
+
+
+@dataclass(frozen=True)
+class _Write:
+    """An item written whole, if it does not exist yet, or if some of its attributes are as `expected`. All typed."""
+
+    item: dict[str, Any]
+    absent: list[str]  # attributes that it might have had before
+    expected: dict[str, Any]
+    over_older: bool = False  # without `expected`: also over an item of an earlier turn
+
+    def condition(self) -> tuple[str, dict[str, Any]]:
+        """As PutItem takes it."""
+        if not self.expected:
+            older = {"ExpressionAttributeValues": {":turn": self.item["turn"]}} if self.over_older else {}
+            return "attribute_not_exists(pk)" + (" OR turn < :turn" if older else ""), older
+        return " AND ".join(f"#{name} = :{name}" for name in self.expected), {
+            "ExpressionAttributeNames": {f"#{name}": name for name in self.expected},
+            "ExpressionAttributeValues": {f":{name}": value for name, value in self.expected.items()},
+        }
+
+    def statement(self, table: str) -> "BatchStatementRequestTypeDef":
+        """As PartiQL: several go in one call, each on its own condition."""
+        if not self.expected:
+            fields = ", ".join(f"'{name}': ?" for name in self.item)
+            return {"Statement": f'INSERT INTO "{table}" VALUE {{{fields}}}', "Parameters": [*self.item.values()]}
+        changed = [name for name in self.item if name not in ("pk", "sk")]
+        steps = [*(f'SET "{name}" = ?' for name in changed), *(f'REMOVE "{name}"' for name in self.absent)]
+        where = " AND ".join(f'"{name}" = ?' for name in ("pk", "sk", *self.expected))
+        values = [*(self.item[name] for name in (*changed, "pk", "sk")), *self.expected.values()]
+        return {"Statement": f'UPDATE "{table}" {" ".join(steps)} WHERE {where}', "Parameters": values}
+
+    def result(self, code: str) -> "Conflict | _Unsettled | None":
+        """Of its statement, by the error code in a batch's reply."""
+        if not code:
+            return None
+        lost = code == "ConditionalCheckFailed" or (code == "DuplicateItem" and not self.over_older)
+        return Conflict(f"{self.item['pk']['S']} was written by another actor") if lost else _Unsettled()
 
 
 def _values(out: Callable[[Any], Any], **values: Any) -> dict[str, Any]:

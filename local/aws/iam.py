@@ -1,12 +1,13 @@
-"""What ECS, CloudWatch, CodeBuild and layer calls are authorized against lives here; policy evaluation is ministack's.
+"""What ECS, CloudWatch, CodeBuild, PartiQL and layer calls are authorized against; policy evaluation is ministack's.
 
 Source: AWS Service Authorization Reference, "Actions, resources, and condition keys" for each service.
 ministack checks every ECS action against the cluster's ARN and supplies no `ecs:*` or `cloudwatch:namespace` keys;
-it takes reading a layer for listing all, and names no project for calls on builds. A policy that does not pass here
-would not pass on AWS.
+it takes reading a layer for listing all, names no project for calls on builds, and checks the call that brings PartiQL
+statements in place of each statement's action on its table. A policy that does not pass here would not pass on AWS.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs
@@ -23,16 +24,16 @@ Check = tuple[str, str, dict[str, Any]]  # action, resource, condition keys
 _NO_RESOURCE = {"CreateCluster", "DeregisterTaskDefinition", "DescribeTaskDefinition", "ListClusters"}
 _NO_RESOURCE |= {"ListTaskDefinitions", "ListTaskDefinitionFamilies", "ListServices"}
 _ON_TASKS = {"StopTask", "DescribeTasks", "ExecuteCommand", "GetTaskProtection", "UpdateTaskProtection"}
+_STATEMENT = re.compile(r'\s*(?:(INSERT)\s+INTO|(UPDATE))\s+"?([\w.-]+)', re.I)
 _IN_A_CLUSTER = _ON_TASKS | {"RunTask", "StartTask", "ListTasks"}
 
 
 def install() -> None:
     """Correct what is checked, add the condition keys, and make the checks beyond the first."""
-    action_of, resource_of, keys_of, handle = (
+    action_of, resource_of, keys_of = (
         iam_actions.extract_iam_action,
         iam_actions.extract_resource_arn,
         iam_actions.request_tag_context,
-        app.SERVICE_HANDLERS["ecs"],
     )
 
     def extract_iam_action(
@@ -40,6 +41,8 @@ def install() -> None:
     ) -> str | None:
         if service == "lambda" and _layer_version(method, path, params):
             return "lambda:GetLayerVersion"
+        if service == "dynamodb" and (checks := _of_statements(headers, body, get_region(), get_account_id())):
+            return checks[0][0]
         action: str | None = action_of(service, method, path, headers, body, params)
         return action
 
@@ -57,7 +60,9 @@ def install() -> None:
             return version
         if service == "codebuild" and (project := _project_of_build(_json(body), region, account_id)):
             return project
-        action = _ecs_action(headers) if service == "ecs" else None
+        if service == "dynamodb" and (checks := _of_statements(headers, body, region, account_id)):
+            return checks[0][1]
+        action = _target(headers) if service == "ecs" else None
         resources = ecs_resources(action, _json(body), region, account_id) if action else None
         return (
             resources[0]
@@ -73,16 +78,22 @@ def install() -> None:
             keys["cloudwatch:namespace"] = namespace
         return keys
 
-    async def handle_ecs(
-        method: str, path: str, headers: dict[str, str], body: bytes, query: dict[str, Any]
-    ) -> Response:
-        denied = _further_denial(headers, body, query) if app.AUTH else None
-        return denied or await handle(method, path, headers, body, query)
+    def checking(service: str) -> Any:
+        handle = app.SERVICE_HANDLERS[service]
+
+        async def checked(
+            method: str, path: str, headers: dict[str, str], body: bytes, query: dict[str, Any]
+        ) -> Response:
+            denied = _further_denial(service, headers, body, query) if app.AUTH else None
+            return denied or await handle(method, path, headers, body, query)
+
+        return checked
 
     iam_actions.extract_iam_action = extract_iam_action
     iam_actions.extract_resource_arn = extract_resource_arn
     iam_actions.request_tag_context = request_tag_context
-    app.SERVICE_HANDLERS["ecs"] = handle_ecs
+    for service in ("ecs", "dynamodb"):
+        app.SERVICE_HANDLERS[service] = checking(service)
     tagging._RESOURCE_TAG_COLLECTORS["ecs"] = tagging._collect_ecs  # aws:ResourceTag of tasks and definitions
 
 
@@ -108,11 +119,10 @@ def ecs_resources(action: str, data: dict[str, Any], region: str, account_id: st
     return None
 
 
-def _further_denial(headers: dict[str, str], body: bytes, query: dict[str, Any]) -> Response | None:
+def _further_denial(service: str, headers: dict[str, str], body: bytes, query: dict[str, Any]) -> Response | None:
     """AWS's reply if a check beyond the first (ministack's, which authenticates) does not pass."""
-    action, data = _ecs_action(headers), _json(body)
     key = router.extract_access_key_id(headers, query)
-    for checked, resource, keys in _further_checks(action, data, get_region(), get_account_id()):
+    for checked, resource, keys in _further_checks(headers, body, get_region(), get_account_id()):
         denied = iam_evaluator.enforce(
             key, checked, checked.split(":", 1)[0], get_region(), resource_arn=resource, service_context=keys
         )
@@ -121,13 +131,16 @@ def _further_denial(headers: dict[str, str], body: bytes, query: dict[str, Any])
         who, explicit = denied.principal_arn, denied.decision == "Deny"
         message = iam_actions.identity_denial_message(checked, who, resource, explicit)
         answer: Response = iam_actions.access_denied_response(
-            "ecs", checked, who, new_uuid(), message=message, headers=headers
+            service, checked, who, new_uuid(), message=message, headers=headers
         )
         return answer
     return None
 
 
-def _further_checks(action: str, data: dict[str, Any], region: str, account_id: str) -> Iterator[Check]:
+def _further_checks(headers: dict[str, str], body: bytes, region: str, account_id: str) -> Iterator[Check]:
+    for checked, table in _of_statements(headers, body, region, account_id)[1:]:
+        yield checked, table, {}
+    action, data = _target(headers), _json(body)
     cluster = _cluster_key(action, data, region, account_id)
     for resource in (ecs_resources(action, data, region, account_id) or [])[1:]:
         yield f"ecs:{action}", resource, cluster
@@ -145,6 +158,19 @@ def _further_checks(action: str, data: dict[str, Any], region: str, account_id: 
         if role := overrides.get(member) or definition.get(member):
             # "Grant a user permissions to pass a role to an AWS service", IAM User Guide
             yield "iam:PassRole", role, {"iam:passedtoservice": "ecs-tasks.amazonaws.com"}
+
+
+def _of_statements(headers: dict[str, str], body: bytes, region: str, account_id: str) -> list[tuple[str, str]]:
+    """The action and table of each PartiQL statement that a call brings; none where one is not known here.
+
+    "IAM security policies with PartiQL for DynamoDB", Amazon DynamoDB Developer Guide.
+    """
+    if _target(headers) != "BatchExecuteStatement":
+        return []
+    found = [_STATEMENT.match(str(one.get("Statement"))) for one in _json(body).get("Statements", [])]
+    tables = f"arn:aws:dynamodb:{region}:{account_id}:table/"
+    checks = [(f"dynamodb:PartiQL{(one[1] or one[2]).title()}", tables + one[3]) for one in found if one]
+    return list(dict.fromkeys(checks)) if all(found) else []
 
 
 def _cluster_key(action: str, data: dict[str, Any], region: str, account_id: str) -> dict[str, Any]:
@@ -182,7 +208,7 @@ def _metric_namespace(body: bytes, params: dict[str, Any]) -> str | None:
     return data.get("Namespace") if isinstance(data, dict) else None
 
 
-def _ecs_action(headers: dict[str, str]) -> str:
+def _target(headers: dict[str, str]) -> str:
     return headers.get("x-amz-target", "").rsplit(".", 1)[-1]
 
 

@@ -1,6 +1,7 @@
-"""The Work API emulator as a fixture, in a thread of the test's process; no rules and no doubles of ours."""
+"""The Work API emulator, in a thread of the test's process, and the local AWS as fixtures; no doubles of ours."""
 
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from local.work_api.server import Emulator, Server
+from tests.contract import local_aws
 
 START_SECONDS = 30.0
 _HTTP = httpx.Client(timeout=10.0)  # one for all: each loads the machine's certificates
@@ -61,3 +63,11 @@ def running() -> Iterator[tuple[Server, RunningEmulator]]:
 def emulator() -> Iterator[RunningEmulator]:
     with running() as (_, reached):
         yield reached
+
+
+@pytest.fixture(scope="session")
+def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_aws.LocalAws]:
+    started = local_aws.start(tmp_path_factory.mktemp("local-aws"), "--time-scale", "0.01")
+    yield started
+    started.process.send_signal(signal.SIGTERM)
+    assert started.process.wait(local_aws.PATIENCE) == 0

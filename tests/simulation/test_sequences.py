@@ -275,8 +275,8 @@ def test_the_loop_does_not_end_on_a_stale_index_as_work_arrives(play: Play) -> N
     # The new turn is claimed while the loop runs; the loop's next look still sees the empty index of before.
     play.at("store.save", "poller", then=lambda: play.want("stale index"))
     play.poll()
+    play.until(lambda: play.fleet.faults.counts["stale index"] == 1)
     play.until(lambda: play.phase(session) is Phase.RUNNING)
-    assert play.fleet.faults.counts["stale index"] == 1
     play.run(400)
     assert play.fleet.queue.get(session.work_id).state == "active"
     assert len(play.tasks(session)) == 2

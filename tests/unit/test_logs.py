@@ -46,6 +46,7 @@ OF_NO_ITEM = {
     "polling failed; the next minute tries again",
     "stuck turns repaired",
     "the image could not be built",
+    "writes that a batch left open are put alone",
     "the key may not list work items: strands are not looked for",
     "the lease loop could not be started; the next run tries again",
     "the message comes back later than wanted",

@@ -2,11 +2,13 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from shared import lifecycle
 from shared.record import Breaker, Lease, Outcome, Phase, Record
@@ -205,3 +207,126 @@ def test_the_switch_set_by_the_documented_command_is_never_overwritten() -> None
                 store.save_breaker(seen.model_copy(update={"failures": 1}))
             change_breaker(store, lambda breaker: breaker.model_copy(update={"failures": 1}))
             assert store.breaker().paused is paused
+
+
+# --- writes and reads that threads ask for together (decision 0010) --------------------------------------------
+
+
+class Scripted:
+    """A DynamoDB client whose batches answer with these error codes, and which keeps what was put alone."""
+
+    def __init__(self, codes: list[str] | ClientError) -> None:
+        self.codes, self.alone = codes, list[str]()
+        self.statements: list[Any] = []
+
+    def batch_execute_statement(self, Statements: list[Any]) -> dict[str, Any]:
+        self.statements += Statements
+        if isinstance(self.codes, ClientError):
+            raise self.codes
+        return {"Responses": [{"Error": {"Code": code}} if code else {"TableName": "work"} for code in self.codes]}
+
+    def put_item(self, *, Item: dict[str, Any], **_: Any) -> None:
+        self.alone.append(Item["pk"]["S"])
+
+
+def all_at_once(client: Any, *saves: Callable[[DynamoStore], object]) -> list[Exception | None]:
+    """What these saves are answered when their writes go out together."""
+    store = DynamoStore(client, "work")
+    asked: list[Any] = []
+    send, store._writes = store._write_all, SimpleNamespace(ask=asked.append)  # type: ignore[assignment]
+    for save in saves:
+        save(store)
+    return send(asked)
+
+
+def new(name: str) -> Callable[[DynamoStore], object]:
+    return lambda store: store.save(lifecycle.open_turn(None, work(name), now=1, owner="me", until=9, shard="0"))
+
+
+def beaten(name: str, over: str | None = None) -> Callable[[DynamoStore], object]:
+    one = lease().model_copy(update={"work_id": name, "over": over})
+    return lambda store: store.save_lease(one, lease().model_copy(update={"work_id": name}))
+
+
+def claimed(name: str) -> Callable[[DynamoStore], object]:
+    return lambda store: store.save_lease(lease().model_copy(update={"work_id": name}), None)
+
+
+def kinds(answers: list[Exception | None]) -> list[type]:
+    return [type(answer) for answer in answers]
+
+
+def test_of_writes_in_one_call_each_has_its_own_answer() -> None:
+    client = Scripted(["", "ConditionalCheckFailed", "DuplicateItem", ""])
+    answers = all_at_once(client, new("a"), beaten("b"), new("c"), beaten("d"))
+    assert kinds(answers) == [type(None), Conflict, Conflict, type(None)]
+    assert client.alone == []
+    assert SECRET not in repr([answers, [one["Statement"] for one in client.statements]])
+
+
+@pytest.mark.parametrize("code", ["ThrottlingError", "TransactionConflict", "ValidationError", "AccessDenied", "New"])
+def test_what_a_call_leaves_open_is_put_alone(code: str, caplog: pytest.LogCaptureFixture) -> None:
+    client = Scripted(["", code, ""])
+    assert kinds(all_at_once(client, new("a"), beaten("b"), new("c"))) == [type(None)] * 3
+    assert client.alone == ["b"]
+    [line] = caplog.records
+    assert (line.levelname, vars(line)["error"], vars(line)["count"]) == ("WARNING", code, 1)
+
+
+def test_a_lease_that_stands_already_is_put_alone_since_it_may_be_of_an_earlier_turn(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client = Scripted(["DuplicateItem", "DuplicateItem"])
+    assert kinds(all_at_once(client, claimed("a"), new("b"))) == [type(None), Conflict]
+    assert client.alone == ["a"]
+    assert caplog.records == [], "as usual at a session's second turn"
+
+
+def test_where_the_call_is_refused_everything_is_put_alone() -> None:
+    """Such as by a role of an earlier version, or an API that knows no such call."""
+    client = Scripted(ClientError({"Error": {"Code": "AccessDeniedException"}}, "BatchExecuteStatement"))
+    assert kinds(all_at_once(client, new("a"), beaten("b"))) == [type(None)] * 2
+    assert client.alone == ["a", "b"]
+
+
+def test_a_put_that_fails_is_the_answer_of_its_write_alone() -> None:
+    client = Scripted(["ThrottlingError", "ThrottlingError"])
+    throttled = ClientError({"Error": {"Code": "ProvisionedThroughputExceededException"}}, "PutItem")
+
+    def put_item(*, Item: dict[str, Any], **_: Any) -> None:
+        if Item["pk"]["S"] == "a":
+            raise throttled
+
+    client.put_item = put_item  # type: ignore[method-assign]
+    assert all_at_once(client, new("a"), beaten("b")) == [throttled, None]
+
+
+def test_a_lease_s_statement_names_every_field_of_it() -> None:
+    """A statement changes named attributes, where a put replaces the item: what a lease may lack is removed."""
+    client = Scripted(["", ""])
+    all_at_once(client, beaten("a"), beaten("b", over="stopped"))
+    without, with_over = (one["Statement"] for one in client.statements)
+    for name in Lease.model_fields:
+        assert f'SET "{name}" = ?' in with_over
+    assert 'REMOVE "over"' in without
+    assert "REMOVE" not in with_over
+    assert len(with_over) < 8192, "the longest that a statement may be"
+
+
+def test_records_asked_for_together_are_read_in_one_call_each_once() -> None:
+    asked: list[list[str]] = []
+    saved = received()
+
+    def batch_get_item(RequestItems: dict[str, Any]) -> dict[str, Any]:
+        keys = RequestItems["work"]["Keys"]
+        asked.append([key["pk"]["S"] for key in keys])
+        if len(keys) == 2:  # DynamoDB may leave some unread
+            return {"Responses": {}, "UnprocessedKeys": {"work": {"Keys": keys[:1]}}}
+        return {"Responses": {"work": [stored]}}
+
+    stored: dict[str, Any] = {}
+    DynamoStore(SimpleNamespace(put_item=lambda **request: stored.update(request["Item"])), "work").save(saved)  # type: ignore[arg-type]
+    store = DynamoStore(SimpleNamespace(batch_get_item=batch_get_item), "work")  # type: ignore[arg-type]
+    read = store._read_records(["sesn_1", "sesn_other", "sesn_1"])
+    assert asked == [["sesn_1", "sesn_other"], ["sesn_1"]]
+    assert [record and record.work_id for record in read] == ["sesn_1", None, "sesn_1"]
