@@ -17,7 +17,7 @@ from tests.simulation.fleet import CONFIG, ENVIRONMENT, START, Fleet
 
 MINUTES = 30
 FAILING = 0.01
-LEASES = 100
+LEASES = 500  # a full shard: more sessions are so many stacks, which share nothing
 TTL_SECONDS, INTERVAL_MS = 300, 30_000
 
 

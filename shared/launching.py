@@ -17,7 +17,6 @@ from shared.metrics import Metric, emit
 from shared.record import Outcome, Phase, Record
 from shared.sandboxes import LaunchFailed, Sandboxes
 from shared.store import Conflict, Store, change
-from shared.ticketing import hash_secret
 from shared.wishes import LONGEST_VALUE, PREFIX, Wishes, unknown_keys, wishes_in
 from shared.work_api import TryAgain, WorkApi, WorkApiError
 
@@ -70,7 +69,7 @@ class Launcher:
                     r,
                     message.turn,
                     message.attempt,
-                    ticket_hash=hash_secret(ticket),
+                    ticket_hash=lifecycle.hash_secret(ticket),
                     now=now,
                     until=now + self.config.start_timeout_seconds * 1000,
                     wishes=wishes,

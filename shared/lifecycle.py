@@ -254,20 +254,20 @@ ITEM_GONE = StopWish("the work item is gone", Outcome.LOST, post=False)
 
 
 def due_now(leases: Sequence[Lease], now: int, *, longest_ms: int = LONGEST_INTERVAL_MS) -> set[str]:
-    """The work ids to beat: if any is due, also those due within half of their interval.
+    """The work ids to beat: what is due, and if any of it is due by its interval, all that keep theirs.
 
-    So the leases of a shard fall into step, and one round serves all: the loop's cost does not grow with them (with
-    less than a half, two groups could go on in turns). A lease whose last beat was not accepted keeps its time, which
-    the API may have named.
+    So the leases of a shard fall into step, and one round serves all: the loop's cost does not grow with them. A lease
+    whose last beat was not accepted keeps its own time, which the API may have named, and brings no other forward:
+    else one failure in a round would double the beats of all.
     """
 
-    def soon(lease: Lease) -> int:
-        interval = interval_ms(lease.ttl_seconds, longest_ms)
-        return interval // 2 if lease.due_at == lease.accepted_sent_at + interval else DUE_SLACK_MS
+    def in_step(lease: Lease) -> bool:
+        return lease.due_at == lease.accepted_sent_at + interval_ms(lease.ttl_seconds, longest_ms)
 
-    if all(lease.due_at > now + DUE_SLACK_MS for lease in leases):
-        return set()
-    return {lease.work_id for lease in leases if lease.due_at <= now + soon(lease)}
+    due = [lease for lease in leases if lease.due_at <= now + DUE_SLACK_MS]
+    if any(map(in_step, due)):
+        due += filter(in_step, leases)
+    return {lease.work_id for lease in due}
 
 
 def after_beat(lease: Lease, beat: "Heartbeat", sent_at: int, *, longest_ms: int = LONGEST_INTERVAL_MS) -> BeatResult:
@@ -764,3 +764,8 @@ def is_stranded(work: "Work", record: Record | None, now: int) -> bool:
     told = (work.acknowledged_at, work.latest_heartbeat_at, work.stop_requested_at)
     moments = [moment for text in told if (moment := server_time(text)) is not None]
     return bool(moments) and now - max(moments) * 1000 >= STRAND_AGE_MS
+
+
+def hash_secret(secret: str) -> str:
+    """What is stored of a ticket, nonce or callback secret: 256 random bits need no salt."""
+    return hashlib.sha256(secret.encode()).hexdigest()

@@ -1,7 +1,6 @@
 """Gives a starting sandbox its own session's credential for its ticket, signed uploads for its callback secret; takes
 its words on the end of a turn and on what it put (DESIGN §6, §7)."""
 
-import hashlib
 import hmac
 import secrets
 from collections.abc import Callable
@@ -74,7 +73,7 @@ class Tickets:
 
     def redeem(self, request: TicketRequest) -> Credential:
         """First use binds the attempt to the nonce, which may repeat it for 60 s. Raises TicketRefused."""
-        ticket, nonce = (hash_secret(s.get_secret_value()) for s in (request.ticket, request.nonce))
+        ticket, nonce = (lifecycle.hash_secret(s.get_secret_value()) for s in (request.ticket, request.nonce))
         callback = self.new_secret()
         now = self.now()
 
@@ -87,12 +86,12 @@ class Tickets:
                     "ticket used",
                     ticket_nonce_hash=nonce,
                     ticket_used_at=now,
-                    callback_hash=hash_secret(callback),
+                    callback_hash=lifecycle.hash_secret(callback),
                 )
             same = hmac.compare_digest(nonce, record.ticket_nonce_hash)
             if not same or now > (record.ticket_used_at or 0) + REPLAY_MS:
                 return None
-            again = (*record.callback_hashes_again, hash_secret(callback))[-_MOST_REPLIES:]
+            again = (*record.callback_hashes_again, lifecycle.hash_secret(callback))[-_MOST_REPLIES:]
             return record.model_copy(update={"callback_hashes_again": again})
 
         record = change(self.store, request.work_id, bind)
@@ -229,7 +228,7 @@ def _may_start(record: Record, turn: int, attempt: int) -> bool:
 
 def _calls_back(record: Record, word: TurnEnded | StagingRequest | OutputsRequest | OutputsPut) -> bool:
     """Whether the word is of the record's current attempt: its callback secret says so."""
-    given = hash_secret(word.callback_secret.get_secret_value())
+    given = lifecycle.hash_secret(word.callback_secret.get_secret_value())
     return lifecycle.is_current(record, word.turn, word.attempt) and _among(
         given, (record.callback_hash or "", *record.callback_hashes_again)
     )
@@ -238,8 +237,3 @@ def _calls_back(record: Record, word: TurnEnded | StagingRequest | OutputsReques
 def _among(given: str, stored: tuple[str, ...]) -> bool:
     matches = [hmac.compare_digest(given, one) for one in stored]  # all of them: constant time
     return any(matches)
-
-
-def hash_secret(secret: str) -> str:
-    """What is stored of a ticket, nonce or callback secret: 256 random bits need no salt."""
-    return hashlib.sha256(secret.encode()).hexdigest()

@@ -1,5 +1,6 @@
 """What the cost model counts with (cli/cost.py, bench/cost.py), against what the code does: no machine changes it."""
 
+import random
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -162,6 +163,28 @@ def test_no_lease_is_beaten_early_when_none_is_due() -> None:
 def test_an_unanswered_beat_keeps_the_time_that_the_api_named() -> None:
     refused = lease(1, 8_000).model_copy(update={"accepted_sent_at": START - 40_000})
     assert lifecycle.due_now([refused, lease(2, 0)], START) == {"sesn_2"}
+
+
+def test_an_unanswered_beat_brings_no_other_forward() -> None:
+    refused = lease(1, 0).model_copy(update={"accepted_sent_at": START - 45_000})
+    assert lifecycle.due_now([refused, lease(2, 9_000)], START) == {"sesn_1"}
+
+
+def test_failing_beats_cost_their_own_repetition_and_no_more() -> None:
+    rng = random.Random(1)
+    leases = {f"sesn_{number}": lease(number, number * 60) for number in range(500)}
+    now, beats, failed = START, 0, 0
+    while now < START + 3_600_000:
+        for work_id in lifecycle.due_now(list(leases.values()), now):
+            beats += 1
+            if rng.random() < 0.01:
+                failed += 1
+                leases[work_id] = lifecycle.after_no_answer(leases[work_id], now + 10_000, None).lease
+            else:
+                leases[work_id] = leases[work_id].model_copy(update={"accepted_sent_at": now, "due_at": now + 30_000})
+        now = max(now + 1_000, min(one.due_at for one in leases.values()))
+    assert failed > 500
+    assert beats <= 500 * 120 + 2 * failed + 500
 
 
 def test_the_cost_targets_hold_at_list_prices() -> None:

@@ -20,7 +20,7 @@ from shared.outputs import OutputsPlace
 from shared.record import Phase, Record
 from shared.staging import StagingPlaces
 from shared.store import MemoryStore
-from shared.ticketing import Tickets, hash_secret
+from shared.ticketing import Tickets
 from shared.wishes import Wishes
 from shared.work_api import NotAllowed, Refused, Work
 
@@ -59,7 +59,9 @@ def launching(store: MemoryStore) -> MemoryStore:
     )
     received = store.save(lifecycle.open_turn(None, work, now=TURN, owner="me", until=TURN, shard="0"))
     held = store.save(lifecycle.held(received, TURN))
-    begun = lifecycle.begin_launch(held, TURN, 1, ticket_hash=hash_secret("example-ticket"), now=TURN, until=TURN)
+    begun = lifecycle.begin_launch(
+        held, TURN, 1, ticket_hash=lifecycle.hash_secret("example-ticket"), now=TURN, until=TURN
+    )
     assert begun
     store.save(begun)
     return store

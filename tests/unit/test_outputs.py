@@ -25,7 +25,7 @@ from shared.outputs import (
 )
 from shared.record import Outcome, Phase, Record
 from shared.store import MemoryStore
-from shared.ticketing import TicketRefused, Tickets, hash_secret
+from shared.ticketing import TicketRefused, Tickets
 
 NOW = 1_795_500_000_000
 CALLBACK = "callback-secret-that-nobody-may-see"
@@ -58,7 +58,7 @@ class Fleet:
             turn=7,
             attempt=2,
             phase=Phase.RUNNING,
-            callback_hash=hash_secret(CALLBACK),
+            callback_hash=lifecycle.hash_secret(CALLBACK),
             shard="0",
         )
         self.store.save(record)

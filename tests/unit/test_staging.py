@@ -11,7 +11,7 @@ from shared.diagnose import diagnose
 from shared.record import Outcome, Phase, Record
 from shared.staging import MOST_REQUESTS, StagingGrant, StagingPlaces, StagingRequest
 from shared.store import MemoryStore
-from shared.ticketing import TicketRefused, Tickets, hash_secret
+from shared.ticketing import TicketRefused, Tickets
 from shared.wishes import Wishes
 
 NOW = 1_795_500_000_000
@@ -121,7 +121,7 @@ def tickets(wishes: Wishes | None) -> Tickets:
         turn=7,
         attempt=2,
         phase=Phase.RUNNING,
-        callback_hash=hash_secret(CALLBACK),
+        callback_hash=lifecycle.hash_secret(CALLBACK),
         wishes=wishes,
         shard="0",
     )
