@@ -25,7 +25,7 @@ _STEPS = (  # in the order in which a function loads them; each line's cost is w
     ("the store (shared/store.py)", "import shared.store"),
     ("httpx", "import httpx"),
     ("the Work API client (shared/work_api.py)", "import shared.work_api"),
-    ("build: httpx.Client, TLS context included", "httpx.Client()"),
+    ("at the first call of the API: its TLS context", "httpx.create_ssl_context()"),
     ("build: dynamodb client, the first of boto3", "boto3.client('dynamodb')"),
     ("build: secretsmanager client", "boto3.client('secretsmanager')"),
     ("build: sqs client", "boto3.client('sqs')"),

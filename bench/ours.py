@@ -21,10 +21,15 @@ def dispatch() -> dict[str, Any]:
     return {"items": held, "seconds": took, "cpu_ms": used * 1000 / held, "peak_mb": as_lambda.peak_mb()}
 
 
-def beats(rounds: str) -> dict[str, Any]:
-    """Rounds of the keeper, each with every lease due: read the index and the leases, beat, store each reply."""
+def beats(rounds: str, where: str) -> dict[str, Any]:
+    """Rounds of the keeper, each with every lease due: read the index and the leases, beat, keep each reply.
+
+    `where`: "stored", as deployed, or "memory", as the SDK's side keeps what it needs.
+    """
     keeper = as_lambda.load("keeper").keeper()
     state_of: Any = sys.modules["shared.keeping"].__dict__["RoundState"]
+    if where == "memory":
+        keeper.store = _in_memory(keeper.store)
     ahead, runs = 0, []
     keeper.now = lambda: int(time.time() * 1000) + ahead
     for number in range(int(rounds)):
@@ -36,6 +41,18 @@ def beats(rounds: str) -> dict[str, Any]:
         runs.append({"beats": reply.live, "seconds": took, "cpu_ms": used * 1000 / reply.live})
         ahead += 31_000
     return {"runs": runs, "peak_mb": as_lambda.peak_mb()}
+
+
+def _in_memory(stored: Any) -> Any:
+    """The live records and leases of a store in its twin that keeps them in this process."""
+    made: Any = sys.modules["shared.store"].__dict__["MemoryStore"]()
+    record: Any = sys.modules["shared.record"].__dict__["Record"]
+    entries = stored.live("0")
+    for entry in entries:
+        made.save(record(environment_id="bench", kind="session", shard="0", **entry.model_dump()))
+    for lease in stored.get_leases([entry.work_id for entry in entries]).values():
+        made.save_lease(lease, None)
+    return made
 
 
 def main() -> None:

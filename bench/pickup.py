@@ -21,7 +21,7 @@ from local.demo import Demo, bash
 from local.stack import Stack, running
 from shared.record import Phase
 
-SESSIONS = 10
+SESSIONS = 8
 PARAMETERS = {"LeaseTtlSeconds": "60", "MaxIdleSeconds": "1", "StopTimeoutSeconds": "20"}
 POLLING = {"PollWindowSeconds": "58"}
 SCRIPT = [bash("echo result-$((6*7))", "result-42")]

@@ -10,17 +10,20 @@ import boto3
 from botocore.config import Config as BotoConfig
 from pydantic import SecretStr
 
-from shared.buckets import Buckets, Post
 from shared.config import Config
 from shared.launch_queue import LaunchQueue
 from shared.loop import LeaseLoop
-from shared.outputs import OutputsPlace
-from shared.sandboxes import Sandboxes
-from shared.staging import StagingPlaces
 from shared.store import DynamoStore, Store
 from shared.stored_key import StoredKey
 
 if TYPE_CHECKING:
+    from types_boto3_lambda import LambdaClient
+
+    # each function loads what it uses alone
+    from shared.buckets import Buckets, Post
+    from shared.outputs import OutputsPlace
+    from shared.sandboxes import Sandboxes
+    from shared.staging import StagingPlaces
     from shared.work_api import WorkApi
 
 _STANDARD = BotoConfig(
@@ -80,18 +83,24 @@ def loop(config: Config, records: Store) -> LeaseLoop:
     return LeaseLoop(boto3.client("stepfunctions", config=_STANDARD), config.state_machine_arn, records)
 
 
-def sandboxes(config: Config) -> Sandboxes:
+def sandboxes(config: Config) -> "Sandboxes":
     """Without botocore's retries: they would burn the launch quota (FIELD_NOTES 12)."""
+    from shared.sandboxes import Sandboxes  # noqa: PLC0415  as in lifecycle.py
+
     return Sandboxes(boto3.client("ecs", config=_NO_RETRIES), config)
 
 
 @cache
-def buckets() -> Buckets:
+def buckets() -> "Buckets":
     """Called only where something is to be signed: a sandbox that starts waits for its ticket."""
+    from shared.buckets import Buckets  # noqa: PLC0415  as in lifecycle.py
+
     return Buckets(boto3.client("s3", config=SIGNING))
 
 
-def staging_places(config: Config) -> StagingPlaces:
+def staging_places(config: Config) -> "StagingPlaces":
+    from shared.staging import StagingPlaces  # noqa: PLC0415  as in lifecycle.py
+
     def listed(text: str) -> frozenset[str]:
         return frozenset(filter(None, text.split(",")))
 
@@ -103,12 +112,13 @@ def staging_places(config: Config) -> StagingPlaces:
     )
 
 
-def outputs_place(config: Config) -> OutputsPlace | None:
+def outputs_place(config: Config) -> "OutputsPlace | None":
     """None if outputs are off."""
     if not config.outputs_bucket:
         return None
+    from shared.outputs import OutputsPlace  # noqa: PLC0415  as in lifecycle.py
 
-    def presign(key: str, least: int, most: int) -> Post:
+    def presign(key: str, least: int, most: int) -> "Post":
         return buckets().presign_post(config.outputs_bucket, key, least, most)
 
     return OutputsPlace(
@@ -123,10 +133,9 @@ def outputs_place(config: Config) -> OutputsPlace | None:
 
 def wake_stopper(config: Config) -> Callable[[str], None]:
     """Invokes the stopper for one item, asynchronously."""
-    client = boto3.client("lambda", config=_STANDARD)
 
     def wake(work_id: str) -> None:
-        client.invoke(
+        _functions().invoke(
             FunctionName=config.stopper_function,
             InvocationType="Event",
             Payload=json.dumps({"work_ids": [work_id]}).encode(),
@@ -137,9 +146,14 @@ def wake_stopper(config: Config) -> Callable[[str], None]:
 
 def wake_poller(config: Config) -> Callable[[], None]:
     """Invokes the poller, asynchronously; twice is harmless."""
-    client = boto3.client("lambda", config=_STANDARD)
 
     def wake() -> None:
-        client.invoke(FunctionName=config.poller_function, InvocationType="Event", Payload=b"{}")
+        _functions().invoke(FunctionName=config.poller_function, InvocationType="Event", Payload=b"{}")
 
     return wake
+
+
+@cache
+def _functions() -> "LambdaClient":
+    """Built for the first call: most runs of most functions wake nobody."""
+    return boto3.client("lambda", config=_STANDARD)

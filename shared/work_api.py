@@ -7,9 +7,11 @@ Facts and section numbers (W§n) are WORK_API.md's.
 import math
 import random
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
+from threading import Lock
 from typing import Annotated, Any, ClassVar, TypeVar
 from urllib.parse import quote, urlencode
 from urllib.request import getproxies, proxy_bypass
@@ -249,7 +251,9 @@ class _Connections:
     """
 
     def __init__(self, base_url: str, given: httpx.BaseTransport | None) -> None:
-        self._given, self._idle, self._tls = given, list[httpx.BaseTransport](), httpx.create_ssl_context()
+        self._given, self._idle = given, list[httpx.BaseTransport]()
+        self._tls: ssl.SSLContext | None = None
+        self._loading = Lock()
         url = httpx.URL(base_url)
         named = getproxies()
         proxy = None if proxy_bypass(url.host) else named.get(url.scheme) or named.get("all")
@@ -272,6 +276,8 @@ class _Connections:
         return reply
 
     def _opened(self) -> httpx.HTTPTransport:
+        with self._loading:  # the certificates: 30 ms that a cold start need not wait for, once for all threads
+            self._tls = self._tls or httpx.create_ssl_context()
         # Idle connections are dropped early: one that died while a function was frozen would leave a
         # stop or an ack unanswered.
         limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=5)

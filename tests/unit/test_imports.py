@@ -18,13 +18,18 @@ CLIENTS = {
     "launcher": {"dynamodb", "ecs", "sqs"},
     "keeper": {"dynamodb", "secretsmanager"},
     "stopper": {"dynamodb", "secretsmanager", "ecs", "sqs"},
-    "observer": {"dynamodb", "sqs", "lambda"},
-    "janitor": {"dynamodb", "secretsmanager", "ecs", "sqs", "lambda", "stepfunctions"},
-    "webhook": {"secretsmanager", "lambda"},
-    "tickets": {"dynamodb", "lambda"},
+    "observer": {"dynamodb", "sqs"},  # these four wake another function by a client that is built then
+    "janitor": {"dynamodb", "secretsmanager", "ecs", "sqs", "stepfunctions"},
+    "webhook": {"secretsmanager"},
+    "tickets": {"dynamodb"},
     "image": {"lambda", "codebuild", "ecr"},
 }
 CALL_THE_API = {"poller", "launcher", "keeper", "stopper", "janitor"}
+LOADED_BY = {
+    "shared.sandboxes": {"launcher", "stopper", "observer", "janitor"},
+    "shared.outputs": {"tickets"},
+    "shared.staging": {"tickets"},
+}
 NEVER = {
     "anthropic",
     "aws_xray_sdk",
@@ -81,3 +86,6 @@ def test_a_function_loads_nothing_that_only_costs_time(function: str) -> None:
     _, modules = loaded()[function]
     assert not modules & NEVER
     assert ("standardwebhooks" in modules) == (function == "webhook")
+    assert {module: function in users for module, users in LOADED_BY.items()} == {
+        module: module in modules for module in LOADED_BY
+    }
