@@ -6,6 +6,7 @@ It opens when launches fail in a row for a reason that no retry cures. What it k
 from collections.abc import Iterable
 
 from shared.config import Config
+from shared.diagnose import NO_IMAGE
 from shared.lifecycle import has_own_image, started_by
 from shared.log import log
 from shared.record import Breaker, LiveEntry, Phase, Record
@@ -110,9 +111,14 @@ def failed(store: Store, record: Record, reason: str, now: int) -> None:
         log.error("circuit breaker open: nothing is claimed, one launch a minute is tried", reason=reason)
 
 
-def ran(store: Store) -> None:
-    """A sandbox reached RUNNING. Raises Conflict."""
+def ran(store: Store, record: Record) -> None:
+    """A sandbox reached RUNNING. Raises Conflict.
+
+    One with an image of its own says nothing of the image that is missing for the others.
+    """
     before = store.breaker()
+    if has_own_image(record) and NO_IMAGE in before.reason:
+        return
     if after_running(before) is None or change_breaker(store, after_running) is None:
         return
     if before.opened_at is not None:

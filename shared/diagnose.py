@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+NO_IMAGE = "there is no such image"
+
 
 class Kind(StrEnum):
     """What the control plane does about a stopped task (DESIGN §7, "Sandbox gone")."""
@@ -108,7 +110,7 @@ _REASONS = (
         rf"(?:{_PULL}).*(?:not found|can.{{1,2}}t be found|manifest unknown|does not exist|invalid reference)"
         r"|image.{0,80}not found",
         LaunchProblem.PERMANENT,
-        "there is no such image",
+        NO_IMAGE,
         "Push the image, or correct the image parameter of the stack.",
     ),
     _reason(

@@ -72,7 +72,7 @@ class Observer:
             if not lifecycle.is_current(record, turn, attempt) or version <= record.event_version:
                 return None
             if status == "RUNNING" or (status == "STOPPED" and exit_code is not None and not refused):
-                breaker.ran(self.store)
+                breaker.ran(self.store, record)
             if status == "RUNNING":
                 return lifecycle.after_running(record, arn, version, self.now())
             if status == "STOPPED":

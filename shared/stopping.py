@@ -189,7 +189,7 @@ class Stopper:
         diagnosis, exit_code = diagnose(task), exit_code_of(task)
         refused = diagnosis.kind is Kind.LAUNCH_PERMANENT
         if exit_code is not None and not refused:
-            breaker.ran(self.store)
+            breaker.ran(self.store, record)
         after = lifecycle.after_container_stopped(
             record,
             diagnosis,

@@ -24,6 +24,7 @@ from shared import lifecycle, sizes
 from shared.buckets import Post
 from shared.claiming import Claimer
 from shared.config import SHARD, Config
+from shared.diagnose import NO_IMAGE
 from shared.keeping import Keeper
 from shared.launch_queue import LaunchQueue
 from shared.launching import Launcher
@@ -158,7 +159,7 @@ class Fleet:
             self._check_launches,
         )
         self._build_functions()
-        self.ran_at = 0  # when a sandbox last reached RUNNING
+        self.ran_at = 0  # when a sandbox that tells of the others last reached RUNNING
         self.ran: Counter[str] = Counter()  # sandboxes that reached it, by work id
         self.launches: list[int] = []  # when tasks were created
         self.reported: set[str] = set()  # items that the janitor called stranded
@@ -547,7 +548,8 @@ class Fleet:
     def _check_task(self, task: Task) -> None:
         if not task.runs:
             return
-        self.ran_at = self.machine.now
+        if task.definition == "definition" or NO_IMAGE not in self.records.breaker().reason:
+            self.ran_at = self.machine.now
         work_id = task.environment["FLEET_WORK_ID"]
         self.ran[work_id] += 1
         others = [
@@ -647,7 +649,10 @@ class Fleet:
             self.violations.append(f"{task.arn} was stopped as an orphan while it served {record.work_id}")
 
     def _check_loss(self, before: Record | None, after: Record) -> None:
-        """A lease is given up only when it is gone, or so close to it that the server may count differently."""
+        """A lease is given up only when it is gone, or as near to it as we can know.
+
+        The reply to the last beat that the server took may have been lost: then we count from the one before.
+        """
         self._check_given_up(before, after)
         if after.stop_outcome is not Outcome.LOST or (before and before.stop_outcome is Outcome.LOST):
             return
@@ -656,7 +661,7 @@ class Fleet:
         if item.state != "active" or self.queue.holder(item) != "fleet" or beaten is None:
             return
         left = item.ttl_seconds - (self.queue._now() - beaten).total_seconds()
-        if left > 30:
+        if left * 1000 > CONFIG.beat_interval_seconds * 1000 + lifecycle.LEASE_MARGIN_MS + 1_000:
             self.violations.append(f"the lease of {item.id} was given up {left:.0f} s before its end")
 
     def heard(self, line: str, work_id: str | None) -> None:

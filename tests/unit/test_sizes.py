@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from shared import breaker, lifecycle, sizes
 from shared.config import Config, Missing, from_env
+from shared.diagnose import NO_IMAGE
 from shared.record import LiveEntry, Outcome, Phase, Record
 from shared.store import MemoryStore
 from shared.wishes import Wishes
@@ -149,6 +150,17 @@ def test_an_image_that_sessions_choose_cannot_stop_the_others() -> None:
     for _ in range(breaker.FAILURES_TO_OPEN):
         breaker.failed(store, sized("large"), "no such image", NOW)
     assert store.breaker().opened_at == NOW
+
+
+def test_an_image_that_sessions_choose_does_not_prove_the_other_one_pushed() -> None:
+    store = MemoryStore()
+    for reason, other_proves in ((f"did not start: {NO_IMAGE}", False), ("did not start: the role lacks it", True)):
+        for _ in range(breaker.FAILURES_TO_OPEN):
+            breaker.failed(store, sized("large"), reason, NOW)
+        breaker.ran(store, sized("web"))
+        assert (store.breaker().opened_at is None) is other_proves
+        breaker.ran(store, sized("large"))
+        assert store.breaker().opened_at is None
 
 
 def test_without_the_breaker_s_pace_such_a_session_is_tried_later_and_later() -> None:
