@@ -8,7 +8,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
-AT_ONCE = 48
+AT_ONCE = 192  # more than either side, so that the round trip is not the limit
 
 
 class Connection:
