@@ -10,7 +10,7 @@ from tests.simulation.fleet import CONFIG, START, Fleet
 from tests.simulation.scenario import run
 
 SEEDS = 240
-REGRESSION_SEEDS = (  # each still fails when its bug is put back; the rule itself is held by the test named
+REGRESSION_SEEDS = (  # each failed by its bug when it was pinned; the rule itself is held by the test named
     # Commit 0b9cc5d: the repair took a 409 for our own ack and force-stopped another worker's healthcheck
     # (test_an_item_that_is_no_session_is_left_to_the_worker_that_claimed_it_while_ours_was_down)
     1583,
