@@ -7,10 +7,12 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from botocore.exceptions import BotoCoreError
 
@@ -158,12 +160,13 @@ class Fleet:
             self._check_reaped,
             self._check_launches,
         )
+        self._replaced = ExitStack()
         self._build_functions()
         self.ran_at = 0  # when a sandbox that tells of the others last reached RUNNING
         self.ran: Counter[str] = Counter()  # sandboxes that reached it, by work id
         self.launches: list[int] = []  # when tasks were created
         self.reported: set[str] = set()  # items that the janitor called stranded
-        _listen(self)
+        _listen(self, self._replaced)
 
     # --- the far side's users ----------------------------------------------------------------------------------
 
@@ -446,8 +449,9 @@ class Fleet:
     # --- a run -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let go of every process that still waits."""
+        """Let go of every process that still waits, and of what was put in place of the functions' own parts."""
         self.machine.close()
+        self._replaced.close()
 
     def schedule(self, function: str, every_ms: int) -> None:
         """A function's schedule, for ever; now and then missed or doubled."""
@@ -742,17 +746,21 @@ class Fleet:
             "observer": observer,
             "tickets": Tickets(store, wake, now, None, lambda: f"SECRET-callback-{next(count)}", place, sources),
         }
+
+        def replace(module: ModuleType, name: str, by: Any) -> None:
+            self._replaced.enter_context(patch.object(module, name, by))
+
         for name, module in APPS.items():
             built = "claimer" if name == "poller" else name
-            setattr(module, built, lambda part=parts[built]: part)
+            replace(module, built, lambda part=parts[built]: part)
             functions.handlers[name] = module.handler
-        APPS["launcher"].config = lambda: config  # type: ignore[attr-defined]
-        APPS["launcher"].sqs = lambda: self.messages  # type: ignore[attr-defined]
+        replace(APPS["launcher"], "config", lambda: config)
+        replace(APPS["launcher"], "sqs", lambda: self.messages)
         functions.timeouts.update(TIMEOUTS_MS)
         for module in (shared.claiming, shared.keeping, shared.stopping):
-            module.ThreadPoolExecutor = machine.pool  # type: ignore[attr-defined]
-        shared.wiring.now = now
-        shared.metrics.flush = self._publish
+            replace(module, "ThreadPoolExecutor", machine.pool)
+        replace(shared.wiring, "now", now)
+        replace(shared.metrics, "flush", self._publish)
 
     def _publish(self) -> None:
         """In place of EMF: what a handler has counted, at its end."""
@@ -825,8 +833,8 @@ class _Ear(logging.Handler):
 _EAR = _Ear()
 
 
-def _listen(fleet: Fleet) -> None:
+def _listen(fleet: Fleet, replaced: ExitStack) -> None:
     logger = logging.getLogger(log._logger.name)
-    logger.handlers = [_EAR]
-    logger.propagate = False
+    for name, by in (("handlers", [_EAR]), ("propagate", False)):
+        replaced.enter_context(patch.object(logger, name, by))
     _EAR.fleet = fleet
