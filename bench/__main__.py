@@ -59,19 +59,25 @@ def main() -> int:
         print(f"[{time.monotonic() - began:5.1f} s] {text}", file=sys.stderr, flush=True)
 
     results: dict[str, Any] = {"machine": report.this_machine(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    failed, status = "", 0
     try:
         with tempfile.TemporaryDirectory(prefix="sandbox-fleet-") as folder:
             build(Path(folder), say)  # what is measured is what would be deployed
         for name in options.only:
             results[name] = PARTS[name](say)
     except (ChildFailed, StackFailed, TimeoutError) as failure:
-        print(f"bench failed: {failure}", file=sys.stderr)
-        return 1
-    results["cost"] = cost.measure(results)
-    report.write(results, options.results)
+        failed, status = f"bench failed: {failure}", 1
+    except KeyboardInterrupt:
+        failed, status = "bench interrupted: --only measures the parts that are left", 130
+    if any(name in results for name in options.only):  # what is measured is not lost
+        results["cost"] = cost.measure(results)
+        report.write(results, options.results)
+        say(f"report in {options.results}")
+    if failed:
+        print(failed, file=sys.stderr)
+        return status
     if options.readme:
         _into_readme(report.readme_table(results))
-    say(f"report in {options.results}")
     print(line(results))
     return 0
 

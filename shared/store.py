@@ -115,18 +115,18 @@ class DynamoStore:
         self._writes = Together(self._write_all, _WRITTEN_AT_ONCE)
 
     def get(self, work_id: str) -> Record | None:
-        return self._reads.ask(work_id)
+        item = self._reads.ask(work_id)
+        return Record.model_validate(self._plain(item)) if item else None
 
-    def _read_records(self, work_ids: Sequence[str]) -> list[Record | None]:
+    def _read_records(self, work_ids: Sequence[str]) -> list[Any]:
+        """Of each its item or None; who asked makes a record of it, so that one that cannot be read fails alone."""
         if len(work_ids) == 1:
             reply = self._client.get_item(
                 TableName=self._table, Key=self._key(work_ids[0], "record"), ConsistentRead=True
             )
-            items = [reply["Item"]] if "Item" in reply else []
-        else:
-            items = self._read(dict.fromkeys(work_ids), "record")
-        records = {record.work_id: record for record in map(Record.model_validate, map(self._plain, items))}
-        return [records.get(work_id) for work_id in work_ids]
+            return [reply.get("Item")]
+        items = {item["pk"]["S"]: item for item in self._read(dict.fromkeys(work_ids), "record")}
+        return [items.get(work_id) for work_id in work_ids]
 
     def save(self, record: Record) -> Record:
         written = record.model_copy(update={"revision": record.revision + 1})
@@ -240,7 +240,7 @@ class DynamoStore:
         try:
             reply = self._client.batch_execute_statement(Statements=[write.statement(self._table) for write in writes])
         except ClientError as error:
-            self._tell_open(str(error), len(writes))
+            self._tell_open(error.response["Error"]["Code"], len(writes))  # its message could quote a value
             return [_Unsettled()] * len(writes)
         codes = [answer.get("Error", {}).get("Code", "") for answer in reply["Responses"]]
         results = [write.result(code) for write, code in zip(writes, codes, strict=True)]

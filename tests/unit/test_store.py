@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
+from pydantic import ValidationError
 
 from shared import lifecycle
 from shared.record import Breaker, Lease, Outcome, Phase, Record
@@ -282,11 +283,17 @@ def test_a_lease_that_stands_already_is_put_alone_since_it_may_be_of_an_earlier_
     assert caplog.records == [], "as usual at a session's second turn"
 
 
-def test_where_the_call_is_refused_everything_is_put_alone() -> None:
+def test_where_the_call_is_refused_everything_is_put_alone_and_no_value_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Such as by a role of an earlier version, or an API that knows no such call."""
-    client = Scripted(ClientError({"Error": {"Code": "AccessDeniedException"}}, "BatchExecuteStatement"))
+    refusal: Any = {"Code": "ValidationException", "Message": f"no such value: {SECRET}"}
+    client = Scripted(ClientError({"Error": refusal}, "BatchExecuteStatement"))
     assert kinds(all_at_once(client, new("a"), beaten("b"))) == [type(None)] * 2
     assert client.alone == ["a", "b"]
+    [line] = caplog.records
+    assert vars(line)["error"] == "ValidationException"
+    assert SECRET not in str(vars(line))
 
 
 def test_a_put_that_fails_is_the_answer_of_its_write_alone() -> None:
@@ -310,7 +317,16 @@ def test_a_lease_s_statement_names_every_field_of_it() -> None:
         assert f'SET "{name}" = ?' in with_over
     assert 'REMOVE "over"' in without
     assert "REMOVE" not in with_over
-    assert len(with_over) < 8192, "the longest that a statement may be"
+
+
+def test_a_record_s_statement_names_every_field_of_it_and_is_no_longer_than_dynamodb_takes() -> None:
+    client = Scripted(["", ""])
+    known = received().model_copy(update={"revision": 1})
+    all_at_once(client, lambda store: store.save(known), lambda store: store.save(known))
+    text = client.statements[0]["Statement"]
+    assert all(f'SET "{name}" = ?' in text or f'REMOVE "{name}"' in text for name in Record.model_fields)
+    assert 'REMOVE "outcome"' in text
+    assert len(text) < 8192
 
 
 def test_records_asked_for_together_are_read_in_one_call_each_once() -> None:
@@ -329,4 +345,17 @@ def test_records_asked_for_together_are_read_in_one_call_each_once() -> None:
     store = DynamoStore(SimpleNamespace(batch_get_item=batch_get_item), "work")  # type: ignore[arg-type]
     read = store._read_records(["sesn_1", "sesn_other", "sesn_1"])
     assert asked == [["sesn_1", "sesn_other"], ["sesn_1"]]
-    assert [record and record.work_id for record in read] == ["sesn_1", None, "sesn_1"]
+    assert read == [stored, None, stored]
+
+
+def test_a_record_that_cannot_be_read_fails_whoever_asked_for_it_alone() -> None:
+    stored: dict[str, Any] = {}
+    DynamoStore(SimpleNamespace(put_item=lambda **request: stored.update(request["Item"])), "work").save(received())  # type: ignore[arg-type]
+    items = [stored, stored | {"pk": {"S": "bad"}, "phase": {"S": "of a later version"}}]
+    client: Any = SimpleNamespace(batch_get_item=lambda **_: {"Responses": {"work": items}})
+    store = DynamoStore(client, "work")
+    answers = dict(zip(["sesn_1", "bad"], store._read_records(["sesn_1", "bad"]), strict=True))
+    store._reads = SimpleNamespace(ask=answers.get)  # type: ignore[assignment]
+    assert store.get("sesn_1") is not None
+    with pytest.raises(ValidationError):
+        store.get("bad")
